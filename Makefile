@@ -1,0 +1,58 @@
+# `make demo` and `make test` need nothing but python3 with venv: the set-up below is done once, and again when it changes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# One thread: small networks gain nothing from more, and stored outputs stay the same from machine to machine.
+test coverage execute: export OMP_NUM_THREADS := 1
+
+.PHONY: help setup demo test coverage export execute book bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)  ## make .venv and install the package with its development tools
+
+$(READY): settings.ini setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing. On Debian or Ubuntu: sudo apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
+		|| { echo "Python's venv is missing. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV) (PyTorch is large: a minute or a few) ..."
+	@$(BIN)/python -m pip install -q --upgrade pip
+	@$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
+	@touch $@
+
+demo: setup  ## train Forward-Forward and backprop on bundled digits, print both read-outs, draw a figure
+	@$(BIN)/ff-research demo
+
+test: setup  ## run every chapter and every test (ARGS="-k data --slow" to choose)
+	@$(BIN)/python -m pytest $(ARGS)
+
+coverage: setup  ## the same, with the lines of the package that nothing ran
+	@$(BIN)/python -m pytest --cov=ff_research --cov-report=term-missing $(ARGS)
+
+export: setup  ## write ff_research/ from the notebooks
+	@$(BIN)/nbdev_export
+
+execute: export  ## run the notebooks and store their outputs (NB=nbs/03_goodness.ipynb for one)
+	@for nb in $(NB); do echo "$$nb"; $(BIN)/python scripts/execute.py "$$nb" && $(BIN)/nbdev_clean --fname "$$nb" || exit 1; done
+
+# Quarto keeps filtered notebooks until they change, so a change in settings.ini has to touch them.
+book: export  ## render the book into _docs/ (needs Quarto)
+	@command -v quarto >/dev/null || { echo "Rendering the book needs Quarto 1.7 or newer on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }
+	@if [ settings.ini -nt _docs/index.html ]; then touch nbs/*.ipynb; fi
+	@PATH="$(abspath $(BIN)):$$PATH" quarto render
+
+bench: setup  ## seconds and memory of a training step, beside what else one could use
+	@$(BIN)/python benchmarks/step.py
+
+clean:  ## remove what was built (not .venv, not results/)
+	@rm -rf _docs .quarto build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""What users install: the sdist holds all it takes to build, the wheel built from it holds the package and the published rows."""
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from configparser import ConfigParser
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.package
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def build(kind, folder, out):
+    "Call setuptools as pip does, without the network; give the archive's path."
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "The sdist of a copy of the tree, and the wheel built from the unpacked sdist, as on a user's machine."
+    tmp = tmp_path_factory.mktemp("build")
+    tree = tmp / "tree"
+    tree.mkdir()
+    for name in ("settings.ini", "setup.py", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "ff_research", tree / "ff_research", ignore=shutil.ignore_patterns("__pycache__"))
+    published = tree / "ff_research" / "published"
+    published.mkdir(exist_ok=True)
+    (published / "probe.jsonl").write_text(json.dumps({"recipe": "probe"}) + "\n")
+    sdist = build("sdist", tree, tmp)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (source,) = (tmp / "unpacked").iterdir()
+    return tree, source, build("wheel", source, tmp)
+
+
+def test_sdist_holds_what_building_needs(built):
+    tree, source, _ = built
+    names = ["settings.ini", "setup.py", "README.md", "LICENSE", "constraints.txt"]
+    assert [name for name in names if (source / name).read_bytes() != (tree / name).read_bytes()] == []
+
+
+def test_wheel_holds_the_package_and_the_published_rows(built):
+    tree, _, wheel = built
+    files = {path.relative_to(tree).as_posix(): path.read_bytes() for pattern in ("*.py", "published/*.jsonl") for path in (tree / "ff_research").glob(pattern)}
+    assert "ff_research/published/probe.jsonl" in files
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name: archive.read(name) for name in archive.namelist() if name.startswith("ff_research/")}
+    assert inside == files
+
+
+def test_metadata_follows_settings(built):
+    cfg = settings()
+    with zipfile.ZipFile(built[2]) as archive:
+        info = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = Parser().parsestr(archive.read(info).decode())
+        entry_points = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
+        assert any(name.endswith("LICENSE") for name in archive.namelist())
+    assert (metadata["Name"].replace("-", "_"), metadata["Version"], metadata["Requires-Python"]) == (cfg["lib_name"], cfg["version"], ">=" + cfg["min_python"])
+    assert "MIT" in (metadata["License-Expression"] or metadata["License"])
+    needs = metadata.get_all("Requires-Dist")
+    plain = [need for need in needs if "extra ==" not in need]
+    assert sorted(need.split(">")[0].replace("_", "-") for need in plain) == sorted(need.split(">")[0] for need in cfg["requirements"].split())
+    assert set(metadata.get_all("Provides-Extra")) == {"book", "ray", "dev"}
+    assert "ff-research = ff_research.cli:main" in entry_points
+
+
+def test_versions_agree():
+    import ff_research
+    assert ff_research.__version__ == settings()["version"]
