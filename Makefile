@@ -30,7 +30,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@touch $@
 
 demo: setup  ## train Forward-Forward and backprop on bundled digits, print both read-outs, draw a figure
-	@$(BIN)/ff-research demo
+	@$(BIN)/ff-research compare
 
 test: setup  ## run every chapter and every test (ARGS="-k data --slow" to choose)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,413 @@
+"""Training: every update against autograd and torch's optimisers, and what happens with unusual or unusable input."""
+import copy
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from ff_research.data import Images, load
+from ff_research.goodness import hinton, mean_activity, swish_symba, symba
+from ff_research.labels import labelled, wrong_labels
+from ff_research.layers import FFLinear, Network, PeerNormalisation, activities, normalise, prepare
+from ff_research.readout import label_goodness, linear_probe
+from ff_research.strategies import STRATEGIES
+from ff_research.training import (LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, Workspace, _Learner, _ModuleLearner, best_device,
+                                  best_precision, cool_down, read_checkpoint, train, train_backprop)
+
+QUIET = dict(precision="fp32", device="cpu", progress=False)
+LABELS = STRATEGIES["label_embedding"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten().float() for p in network.parameters()])
+
+
+def small(**options):
+    return Network([64, 30, 30], **options)
+
+
+# One update
+
+OBJECTIVES = {
+    "hinton": hinton(), "hinton, scaled": hinton(theta=20.0, scale=0.3), "symba": symba(), "swish_symba": swish_symba(),
+    "mean_activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity), "symba, mean_activity": symba(goodness=mean_activity),
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("peer_weight", [0.0, 3.0])
+@pytest.mark.parametrize("full_gradient", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_update_is_autograds(objective, full_gradient, peer_weight, dense):
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 10, (33,), generator=draw)
+    x = prepare(labelled(torch.rand(33, 1, 8, 8, generator=draw), torch.stack([y, wrong_labels(y, 10, draw)]), 10), 64)
+    x = x.dense() if dense else x
+    layer, peer = FFLinear(64, 21, full_gradient, draw), PeerNormalisation(21, peer_weight) if peer_weight else None
+    layer.bias.data.normal_(generator=draw, std=0.1)
+
+    theirs, mine, own_peer = copy.deepcopy(layer), copy.deepcopy(layer), copy.deepcopy(peer)
+    h = theirs(x)
+    loss, g = objective(h, y)
+    total = loss if peer is None else loss + peer(h[:33].mean(0))
+    total.backward()
+    learner = _Learner(mine, objective, own_peer, "sgd", 1.0, 0.0, torch.float32, Workspace())
+    handed_on, my_loss, my_g = learner.learn(x, y, 33)
+
+    largest = theirs.weight.grad.abs().max().item()
+    assert largest > 0
+    for p, start, end in zip(theirs.parameters(), layer.parameters(), mine.parameters()):
+        torch.testing.assert_close((start - end).detach(), p.grad, rtol=1e-5, atol=1e-5 * largest)
+    torch.testing.assert_close(my_loss, loss.detach())
+    torch.testing.assert_close(my_g, g.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(handed_on, normalise(h.detach()), rtol=1e-5, atol=1e-5)
+    if peer is not None:
+        torch.testing.assert_close(own_peer.mean, peer.mean)
+
+
+def test_peer_gradient_is_masked_unless_full():
+    "A unit that is silent for every image is moved by peer normalisation with the full gradient only."
+    for full_gradient in (False, True):
+        layer = FFLinear(8, 5, full_gradient, torch.Generator().manual_seed(0))
+        layer.bias.data[2] = -100.0
+        before = layer.weight[2].detach().clone()
+        x = normalise(torch.rand(20, 8))
+        _Learner(layer, hinton(), PeerNormalisation(5, 3.0), "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(x, None, 10)
+        assert torch.equal(before, layer.weight[2].detach()) != full_gradient
+
+
+def test_bfloat16_update_is_near_the_float32_one():
+    draw = torch.Generator().manual_seed(0)
+    x, layer = normalise(torch.rand(200, 64, generator=draw)), FFLinear(64, 40, generator=draw)
+    changes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        mine = copy.deepcopy(layer)
+        _Learner(mine, symba(), None, "sgd", 1.0, 0.0, dtype, Workspace()).learn(x.to(dtype), None, 100)
+        assert mine.weight.dtype == torch.float32
+        changes.append((mine.weight - layer.weight).detach().flatten())
+    assert torch.cosine_similarity(*changes, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("objective", [hinton(), symba()], ids=["hinton", "symba"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_ten_steps_of_two_layers_are_those_of_torch(objective, optimizer):
+    "The whole inner loop against plain autograd, detached between layers, and torch's optimisers (no weight decay)."
+    draw = torch.Generator().manual_seed(1)
+    mine = Network([20, 15, 12])
+    theirs = copy.deepcopy(mine)
+    make = partial(torch.optim.SGD, momentum=0.9) if optimizer == "sgd" else partial(torch.optim.AdamW, weight_decay=0.0)
+    optimizers = [make(layer.parameters(), lr=0.01) for layer in theirs.layers]
+    learners = [_Learner(layer, objective, None, optimizer, 0.01, 0.0, torch.float32, Workspace()) for layer in mine.layers]
+    for _ in range(10):
+        x = normalise(torch.rand(30, 20, generator=draw))
+        a = b = x
+        for learner, layer, step in zip(learners, theirs.layers, optimizers):
+            a, _, _ = learner.learn(a, None, 15)
+            h = layer(b)
+            step.zero_grad()
+            objective(h)[0].backward()
+            step.step()
+            b = normalise(h).detach()
+    torch.testing.assert_close(weights(mine), weights(theirs), rtol=1e-4, atol=1e-5 if optimizer == "sgd" else 1e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_making_an_optimiser_changes_no_weight(name):
+    start = torch.randn(4, 5)
+    weight = start.clone()
+    OPTIMIZERS[name]([weight], [weight], 0.5)
+    assert torch.equal(weight, start)
+
+
+def test_adamw_is_torchs():
+    theirs = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    mine = theirs.detach().clone()
+    reference, own = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, fused=True), OPTIMIZERS["adamw"]([mine], [mine], 0.1)
+    for _ in range(20):
+        theirs.grad = torch.randn(20, 30)
+        own.accumulate(0, theirs.grad)
+        reference.step()
+        own.step(0.01)
+    assert torch.equal(theirs, mine)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_copies_follow_the_weights(name):
+    weight = torch.randn(300, 1000)  # more than one block
+    copy_ = weight.bfloat16()
+    optimizer = OPTIMIZERS[name]([weight], [copy_], 0.01)
+    for _ in range(3):
+        optimizer.accumulate(0, torch.randn(300, 1000).bfloat16())
+        optimizer.step(0.1)
+    assert torch.equal(copy_, weight.bfloat16())
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 60, 61])
+def test_cool_down_never_exceeds_the_rate(epochs):
+    factors = [cool_down(epoch, epochs) for epoch in range(epochs)]
+    assert factors[0] == max(factors) == 1 and factors[-1] == min(1, 2 / epochs) and factors == sorted(factors, reverse=True)
+
+
+# Layers learn alone
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_upper_layers_never_change_lower_ones(digits, schedule):
+    "The first layer learns the same whether it has company or not."
+    alone, below = Network([64, 30]), Network([64, 30, 30, 30])
+    for network in (alone, below):
+        train(network, digits, LABELS(10), epochs=2, schedule=schedule, **QUIET)
+    if schedule == "together":
+        assert torch.equal(alone.layers[0].weight, below.layers[0].weight)
+    assert all(p.grad is None for p in below.parameters())
+
+
+def test_greedy_trains_a_layer_on_the_frozen_ones_below(digits):
+    network = Network([64, 30, 30])
+    history = train(network, digits, LABELS(10), epochs=3, schedule="greedy", **QUIET)
+    first = Network([64, 30])
+    train(first, digits, LABELS(10), epochs=3, schedule="greedy", **QUIET)
+    assert len(history) == 6 and torch.equal(first.layers[0].weight, network.layers[0].weight)
+
+
+class Convolution(nn.Module):
+    def __init__(self, channels_in, channels):
+        super().__init__()
+        self.channels_in, self.units = channels_in, channels * 64
+        self.conv = nn.Conv2d(channels_in, channels, 7, padding=3)
+        nn.init.normal_(self.conv.weight, std=0.2 / channels_in**0.5, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x):
+        return self.conv(x.view(len(x), self.channels_in, 8, 8)).relu()
+
+
+def test_module_learner_is_autograd():
+    draw = torch.Generator().manual_seed(0)
+    theirs = Convolution(1, 6)
+    mine, x = copy.deepcopy(theirs), torch.rand(40, 1, 8, 8, generator=draw)
+    peer = PeerNormalisation(6 * 64, 3.0)
+    own_peer = copy.deepcopy(peer)
+    h = theirs(x).flatten(1)
+    (hinton()(h)[0] + peer(h[:20].mean(0))).backward()
+    handed_on, _, _ = _ModuleLearner(mine, hinton(), own_peer, "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(x, None, 20)
+    for p, q in zip(theirs.parameters(), mine.parameters()):
+        torch.testing.assert_close(p.detach() - p.grad, q.detach(), rtol=1e-4, atol=1e-4)
+    assert handed_on.shape == (40, 6, 8, 8)
+    torch.testing.assert_close(handed_on.square().flatten(1).mean(1), torch.ones(40), rtol=1e-3, atol=1e-3)
+
+
+def test_convolutions_train_and_are_read(digits):
+    network = Network([Convolution(1, 4), Convolution(4, 4)])
+    history = train(network, digits, LABELS(10), epochs=3, optimizer="adamw", lr=3e-3, **QUIET)
+    assert all(math.isfinite(v) for epoch in history.column("loss") for v in epoch)
+    maps = activities(network, digits.x_test[:5])
+    assert [tuple(h.shape) for h in maps] == [(5, 4, 8, 8)] * 2
+    assert label_goodness(network, digits.x_test[:5], 10, precision="fp32", device="cpu").shape == (5, 10)
+    assert linear_probe(network, digits, precision="fp32", device="cpu")["test"].keys() == {"layer_1", "layer_2"}
+
+
+class Linear(nn.Linear):
+    units = 30
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_custom_linear_layer_learns_what_the_built_in_one_learns(digits):
+    built_in, own = Network([64, 30]), Linear(64, 30)
+    own.load_state_dict(built_in.layers[0].state_dict())
+    own.inputs = 64
+    own = Network([own])
+    for network in (built_in, own):
+        train(network, digits, LABELS(10), epochs=2, **QUIET)
+    torch.testing.assert_close(weights(built_in), weights(own), rtol=1e-3, atol=1e-4)
+
+
+# Runs
+
+def test_same_seed_same_bits_and_other_seed_others(digits):
+    runs = []
+    for seed in (3, 3, 4):
+        network = small(peer=0.03)
+        train(network, digits, LABELS(10), epochs=2, seed=seed, **QUIET)
+        runs.append(weights(network))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_layer_learns(digits, schedule, precision):
+    network = Network([64, 100, 100])
+    history = train(network, digits, LABELS(10), epochs=12, schedule=schedule, device="cpu", precision=precision, progress=False)
+    columns = history.column("separation")
+    final = columns[-1] if schedule == "together" else [columns[11][0], columns[23][0]]
+    assert min(final) > 0.75, final
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_backprop_fits_digits(digits, optimizer):
+    network = Network([64, 100, 100])
+    history = train_backprop(network, digits, epochs=10, optimizer=optimizer, lr=0.03 if optimizer == "sgd" else 3e-3, **QUIET)
+    assert history.column("separation")[-1][0] > 0.97 and network.head.weight.shape == (10, 100)
+
+
+def test_backprop_after_forward_forward_with_a_learned_objective(digits):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.log_scale = symba(), nn.Parameter(torch.zeros(()))
+
+        def forward(self, h, y=None, gamma=0.0, squares=None):
+            loss, g = self.inner(h, y, gamma, squares)
+            return loss * self.log_scale.exp(), g
+
+    network = small()
+    train(network, digits, LABELS(10), epochs=1, objective=Scaled(), lr=0.1, **QUIET)
+    scales = [objective.log_scale.item() for objective in network.objectives]
+    assert all(scale < 0 for scale in scales) and len(set(scales)) == 2  # learned, each layer's own
+    train(network, digits, LABELS(10), epochs=0, objective=Scaled(), **QUIET)
+    assert [objective.log_scale.item() for objective in network.objectives] == scales  # kept by the next call
+    train_backprop(network, digits, epochs=1, **QUIET)
+    assert [objective.log_scale.item() for objective in network.objectives] == scales
+
+
+def test_training_goes_on(digits):
+    network = small()
+    first = train(network, digits, LABELS(10), epochs=5, **QUIET).column("separation")
+    second = train(network, digits, LABELS(10), epochs=5, seed=1, **QUIET).column("separation")
+    assert second[0][0] > first[0][0] + 0.1
+
+
+def test_one_rate_for_each_layer(digits):
+    network, start = small(), small()
+    train(network, digits, LABELS(10), epochs=1, lr=[0.0, 1e-3], **QUIET)
+    assert torch.equal(network.layers[0].weight, start.layers[0].weight)
+    assert not torch.equal(network.layers[1].weight, start.layers[1].weight)
+
+
+@pytest.mark.parametrize("method", ["ff", "greedy", "backprop"])
+def test_the_callers_world_stays_as_it_was(digits, method):
+    images = replace(digits, x_train=digits.x_train.float() / 255)
+    before = images.x_train.clone(), images.y_train.clone()
+    objective, state, threads, dtype = symba(), torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+    if method == "backprop":
+        train_backprop(small(), images, epochs=1, **QUIET)  # makes a head
+    else:
+        train(small(), images, LABELS(10), epochs=1, objective=objective, schedule="greedy" if method == "greedy" else "together", **QUIET)
+    assert torch.equal(before[0], images.x_train) and torch.equal(before[1], images.y_train)
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads() and dtype == torch.get_default_dtype()
+    assert torch.is_grad_enabled()
+
+
+def test_float_and_uint8_images_train_alike(digits):
+    networks = small(), small()
+    for network, images in zip(networks, (digits, replace(digits, x_train=digits.x_train.float() / 255))):
+        train(network, images, LABELS(10), epochs=1, **QUIET)
+    torch.testing.assert_close(weights(networks[0]), weights(networks[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1437, 5000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_any_batch_size(digits, batch_size, schedule):
+    few = replace(digits, x_train=digits.x_train[:15], y_train=digits.y_train[:15])
+    history = train(small(peer=0.03), few, LABELS(10), epochs=2, batch_size=batch_size, schedule=schedule, **QUIET)
+    assert all(math.isfinite(v) for key in ("loss", "separation", "g_pos", "g_neg") for epoch in history.column(key) for v in epoch)
+
+
+def test_no_epochs_change_nothing(digits):
+    for optimizer in OPTIMIZERS:
+        network, start = small(), weights(small())
+        assert len(train(network, digits, LABELS(10), epochs=0, optimizer=optimizer, **QUIET)) == 0
+        assert torch.equal(weights(network), start)
+
+
+# Wrong input: one error that says what is wrong, and an untouched network
+
+WRONG = [
+    (dict(schedule="gready"), "unknown schedule 'gready'; did you mean 'greedy'?"),
+    (dict(lr_schedule="cooldown"), "did you mean 'cool_down'?"),
+    (dict(optimizer="adam"), "did you mean 'adamw'?"),
+    (dict(precision="fp8"), "unknown precision 'fp8'"),
+    (dict(device="abacus"), "device 'abacus' cannot be used here"),
+    (dict(epochs=-1), "expected epochs >= 0"),
+    (dict(batch_size=0), "batch_size >= 1"),
+    (dict(lr=-1e-3), "expected one rate >= 0"),
+    (dict(lr=[1e-3]), "one for each of the 2 layers"),
+    (dict(strategy=LABELS(5)), "labels range from 0 to 9; expected 0…4"),
+    (dict(strategy=LABELS(65)), "65 classes need as many pixels"),
+]
+
+
+@pytest.mark.parametrize("options, message", WRONG, ids=[", ".join(map(str, options)) + f" {i}" for i, (options, _) in enumerate(WRONG)])
+def test_unusable_settings(digits, options, message):
+    network = small()
+    with pytest.raises(ValueError) as error:
+        train(network, digits, **{"strategy": LABELS(10), "epochs": 1, **QUIET, **options})
+    assert message in str(error.value) and torch.equal(weights(network), weights(small()))
+    if options.keys() <= {"lr_schedule", "optimizer", "precision", "device", "epochs", "batch_size"}:
+        with pytest.raises(ValueError):
+            train_backprop(network, digits, **{"epochs": 1, **QUIET, **options})
+        assert torch.equal(weights(network), weights(small())) and not hasattr(network, "head")
+
+
+def hand_built(digits, **changes):
+    few = replace(digits, name="scans", x_train=digits.x_train[:20].float() / 255, y_train=digits.y_train[:20].clone())
+    return replace(few, **changes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_float_images_that_are_not_finite(digits, value):
+    images = hand_built(digits)
+    images.x_train[13, 0, 4, 4] = value
+    for run in (lambda: train(small(), images, LABELS(10), epochs=1, **QUIET), lambda: train_backprop(small(), images, epochs=1, **QUIET)):
+        with pytest.raises(ValueError, match="'scans': training image 13 holds NaN or infinite pixels"):
+            run()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (lambda d: dict(y_train=d.y_train[:19]), "20 training images and 19 labels"),
+    (lambda d: dict(x_train=d.x_train[:0], y_train=d.y_train[:0]), "0 training images"),
+    (lambda d: dict(y_train=d.y_train[:20] + 1), "labels range from"),
+    (lambda d: dict(y_train=d.y_train[:20].float()), "expected integers"),
+    (lambda d: dict(x_train=torch.rand(20, 1, 9, 9)), "81 pixels, but the network's first layer takes 64"),
+])
+def test_hand_built_images_that_do_not_fit(digits, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(small(), hand_built(digits, **changes(digits)), LABELS(10), epochs=1, **QUIET)
+
+
+def test_weights_of_another_precision(digits):
+    for network in (small().double(), small().bfloat16()):
+        with pytest.raises(ValueError, match="float32"):
+            train(network, digits, LABELS(10), epochs=1, **QUIET)
+
+
+def test_all_black_images_are_no_reason_to_fail(digits):
+    black = hand_built(digits, x_train=torch.zeros(20, 1, 8, 8))
+    history = train(small(), black, LABELS(10), epochs=1, **QUIET)
+    assert all(math.isfinite(v) for v in history.column("loss")[0])
+    assert math.isfinite(train_backprop(small(), black, epochs=1, **QUIET).column("loss")[0][0])
+
+
+def test_a_diverging_run_stops_and_says_where(digits, tmp_path):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Diverged, match=r"diverged in epoch 1, layer 2: the mean loss is (nan|inf)"):
+        train(small(), digits, LABELS(10), epochs=5, lr=[1e-3, 1e12], checkpoint=path, **QUIET)
+    with pytest.raises(Diverged, match=r"diverged in epoch 1, layer 2"):
+        train(small(), digits, LABELS(10), epochs=2, lr=[1e-3, 1e12], schedule="greedy", **QUIET)
+    with pytest.raises(Diverged, match=r"backpropagation diverged in epoch \d"):
+        train_backprop(small(), digits, epochs=3, lr=1e30, **QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_choices_left_to_the_machine():
+    assert best_device().type in ("cpu", "cuda", "mps") and best_device("cpu") == torch.device("cpu")
+    assert best_precision("auto", "meta") == "fp32" and best_precision("bf16", "cpu") == "bf16" and best_precision() in ("fp32", "bf16")
+    assert set(LR_SCHEDULES) == {"cool_down", "constant"} and callable(read_checkpoint) and Images is not None
