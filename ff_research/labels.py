@@ -76,6 +76,11 @@ class Labelled:
     pixels: torch.Tensor
     patterns: torch.Tensor
 
+    @property
+    def rows(self):
+        "How many images it stands for."
+        return self.patterns.shape[0] * self.patterns.shape[1]
+
     def dense(self):
         "The images written out, `[streams x batch, inputs]`."
         streams, batch, classes = self.patterns.shape

@@ -37,8 +37,10 @@ def product(x, weight, bias, out=None):
 
     Gives `[streams x batch, units]`, written into `out` where that is given.
     """
-    if not isinstance(x, Labelled):
+    if isinstance(x, torch.Tensor):
         return torch.addmm(bias, x, weight.t(), out=out)
+    if not isinstance(x, Labelled):
+        return x.product(weight, bias, out)
     streams, batch, classes = x.patterns.shape
     shared = torch.addmm(bias, x.pixels, weight.t()).expand(streams, -1, -1)
     columns = weight[:, :classes].t().expand(streams, -1, -1)
@@ -51,8 +53,10 @@ def add_product_gradient(dz, x, total, keep=0.0):
 
     dz: gradient of the loss in the product `[streams x batch, units]`.
     """
-    if not isinstance(x, Labelled):
+    if isinstance(x, torch.Tensor):
         return torch.addmm(total, dz.t(), x, beta=keep, out=total)
+    if not isinstance(x, Labelled):
+        return x.add_product_gradient(dz, total, keep)
     streams, batch, classes = x.patterns.shape
     shared = dz.view(streams, batch, -1).sum(0)
     torch.addmm(total, shared.t(), x.pixels, beta=keep, out=total)
@@ -118,6 +122,8 @@ def prepare(x, inputs=None, dtype=torch.float32):
 
     inputs: flatten the images and demand this many pixels; None keeps their shape. Raises ValueError where they do not fit.
     """
+    if not isinstance(x, (torch.Tensor, Labelled)):
+        return x.prepare(inputs, dtype)
     pixels = as_float(x.pixels if isinstance(x, Labelled) else x, dtype)
     if inputs is not None:
         shape, pixels = list(pixels.shape[1:]), pixels.flatten(1)
@@ -140,7 +146,7 @@ def _linear_layers(widths, seed, full_gradient):
 # %% ../nbs/04_layers.ipynb #f2837f04
 def _written_out(layer, args):
     "Before a user's own layer: it need not know of `Labelled`."
-    return tuple(x.dense() if isinstance(x, Labelled) else x for x in args)
+    return tuple(x if isinstance(x, torch.Tensor) else x.dense() for x in args)
 
 def _flat(layer, args, out):
     "After a user's own layer: its activity as `[batch, units]`."

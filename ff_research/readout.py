@@ -15,7 +15,7 @@ import torch
 from .data import validation_size
 from .goodness import sum_of_squares
 from .labels import check_room, labelled, neutral
-from .layers import FFLinear, activities, normalise
+from .layers import activities, normalise
 from .training import PRECISIONS, _one_of, best_device, best_precision
 
 # %% ../nbs/06_readout.ipynb #4757381f
@@ -53,7 +53,6 @@ def label_goodness(network, x, num_classes, *, first=2, goodness=sum_of_squares,
     candidates = torch.arange(num_classes, device=where)[:, None]
     for part in x.split(batch_size):
         h = twin.prepare(labelled(part.to(where), candidates.expand(-1, len(part)), num_classes))
-        h = h if isinstance(twin.layers[0], FFLinear) else h.dense()
         total = torch.zeros(num_classes * len(part), device=where)
         for depth, layer in enumerate(twin.layers, start=1):
             h = layer(h)
@@ -110,10 +109,14 @@ class Probe:
 # %% ../nbs/06_readout.ipynb #6eac3275
 def _preconditioner(z, damping=1e-2):
     "Lower Cholesky factor of the features' covariance plus damping `[features, features]`: in its coordinates the probe's problem is nearly round."
-    low = z.to(PRECISIONS[best_precision("auto", z.device)])
-    covariance = (low.T @ low).float() / len(z)
-    covariance.diagonal().add_(damping)
-    return torch.linalg.cholesky(covariance)
+    covariance = z.T @ z / len(z)
+    for _ in range(20):  # more damping where the product's rounding has left it indefinite
+        covariance.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if not failed:
+            return factor
+        damping *= 2
+    return torch.eye(len(covariance), device=z.device)
 
 def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=40):
     """Fit a `Probe` by L-BFGS: cross-entropy plus l2/2 times the squared weights; all strengths `l2` in the same passes over the features.

@@ -8,6 +8,7 @@ __all__ = ['PRECISIONS', 'LR_SCHEDULES', 'BLOCK', 'OPTIMIZERS', 'SCHEDULES', 'be
            'train_backprop']
 
 # %% ../nbs/05_training.ipynb #edffcff5
+import contextlib
 import copy
 import json
 import math
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .goodness import row_factor
 from .labels import Labelled, check_labels, check_room
-from .layers import FFLinear, add_product_gradient, normalise, prepare, product
+from .layers import FFLinear, Network, add_product_gradient, normalise, prepare, product
 
 # %% ../nbs/05_training.ipynb #12cdad39
 def best_device(device="auto"):
@@ -165,7 +166,7 @@ class _Learner:
     def activity(self, x):
         "Activity `[streams x batch, units]` and its rows' sums of squares, without a graph."
         weight, bias = self.copies[:2]
-        rows = x.patterns.shape[0] * x.patterns.shape[1] if isinstance(x, Labelled) else len(x)
+        rows = len(x) if isinstance(x, torch.Tensor) else x.rows
         h = self.workspace.get("h", (rows, len(weight)), weight.dtype, weight.device)
         product(x, weight, bias, out=h)
         h.relu_()
@@ -222,14 +223,9 @@ class _Learner:
 # %% ../nbs/05_training.ipynb #2d5b745d
 class _ModuleLearner(_Learner):
     "Any other layer, a convolution say: its own gradient comes from autograd, which stays inside the layer."
-    def learn(self, x, y, positives, factor=1.0, gamma=0.0):
-        h, loss, g = super().learn(x, y, positives, factor, gamma)
-        return h.view(self.shape), loss, g
-
     def activity(self, x):
         with torch.enable_grad():
-            self.output = self.twin(x.dense() if isinstance(x, Labelled) else x)
-        self.shape = self.output.shape
+            self.output = self.twin(x if isinstance(x, torch.Tensor) else x.dense())
         h = self.output.detach().flatten(1)
         return h, torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32).square_()
 
@@ -304,7 +300,8 @@ def save_checkpoint(path, tensors, epoch, settings, history, generator):
             os.fsync(f.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise OSError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
 
 # %% ../nbs/05_training.ipynb #343e7bed
@@ -378,6 +375,8 @@ def _together(network, learners, images, strategy, batch_size, generator, dtype,
             for i, learner in enumerate(learners):
                 h, loss, g = learner.learn(h, y, len(y), factor(epoch))
                 meter.add(i, loss, g, len(y))
+                if i + 1 < len(learners):
+                    h = strategy.between(h, y, i + 1, generator)
             meter.steps += 1
         return meter.read(epoch, time.perf_counter() - start)
     return one_epoch
@@ -391,7 +390,7 @@ def _pushed(network, layers, inputs, dtype, batch=5000):
         h = prepare(x, getattr(network.layers[0], "inputs", None), dtype)
         for layer in layers:
             h = normalise(layer(h))
-        out.append(h.dense() if isinstance(h, Labelled) else h)
+        out.append(h if isinstance(h, torch.Tensor) else h.dense())
     return torch.cat(out)
 
 def _greedy(network, learners, images, strategy, batch_size, generator, dtype, factor, epochs):
@@ -463,7 +462,7 @@ def _per_layer(lr, layers):
 
 def _objectives(network, strategy, objective, device):
     "A local objective for each layer: copies of `objective`, or the strategy's own; learned parts of earlier training are kept."
-    new = [copy.deepcopy(objective) if objective is not None else strategy.objective(layer.units) for layer in network.layers]
+    new = [copy.deepcopy(objective) if objective is not None else strategy.objective(layer.units, i) for i, layer in enumerate(network.layers, start=1)]
     new = nn.ModuleList(new).to(device)
     if repr(new) == repr(network.objectives):
         new.load_state_dict(network.objectives.state_dict())
@@ -495,10 +494,16 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
         learners.append(kind(layer, network.objectives[i], peer, optimizer, rate, weight_decay, dtype, workspace))
     settings = dict(method="ff", network=repr(network), data=_identity(images), strategy=repr(strategy), epochs=epochs, seed=seed, schedule=schedule, lr=lr,
                     lr_schedule=lr_schedule, weight_decay=weight_decay, optimizer=optimizer, batch_size=batch_size, precision=precision, device=device.type)
-    arguments = network, learners, images, strategy, batch_size, generator, dtype, lambda epoch: LR_SCHEDULES[lr_schedule](epoch, epochs)
+    # strategies that ask the network get one of the same low precision as its products
+    asked = Network([learner.twin for learner in learners])
+    strategy.begin(asked)
+    arguments = asked, learners, images, strategy, batch_size, generator, dtype, lambda epoch: LR_SCHEDULES[lr_schedule](epoch, epochs)
+    if schedule == "greedy" and strategy.redraws_between:
+        raise ValueError(f"{strategy.name} draws negatives between layers, which the greedy schedule cannot do; take schedule='together'")
     one_epoch = _together(*arguments) if schedule == "together" else _greedy(*arguments, epochs)
     live = {f"layer.{i}.{name}": t for i, learner in enumerate(learners) for name, t in learner.tensors().items()}
-    return _loop(epochs * (1 if schedule == "together" else len(learners)), one_epoch, live, lambda: [l.refresh() for l in learners],
+    live |= {f"strategy.{name}": t for name, t in strategy.tensors().items()}
+    return _loop(epochs * (1 if schedule == "together" else len(learners)), one_epoch, live, lambda: [learner.refresh() for learner in learners],
                  generator, json.loads(json.dumps(settings)), checkpoint, progress)
 
 # %% ../nbs/05_training.ipynb #cd30bb10
@@ -541,7 +546,7 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
     device = best_device(device)
     precision = best_precision(precision, device)
     if not hasattr(network, "head"):
-        network.head = nn.Linear(network.layers[-1].units, images.num_classes)
+        network.head = nn.utils.skip_init(nn.Linear, network.layers[-1].units, images.num_classes)  # draws no random numbers
         nn.init.zeros_(network.head.weight)
         nn.init.zeros_(network.head.bias)
     images, network = images.to(device), network.to(device)
