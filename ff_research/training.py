@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .goodness import row_factor
-from .labels import Labelled, check_labels, check_room
+from .labels import check_labels, check_room
 from .layers import FFLinear, Network, add_product_gradient, normalise, prepare, product
 
 # %% ../nbs/05_training.ipynb #12cdad39
@@ -67,16 +67,27 @@ def constant(epoch, epochs):
 LR_SCHEDULES = {"cool_down": cool_down, "constant": constant}
 
 # %% ../nbs/05_training.ipynb #bbefc1ec
-BLOCK = 1 << 18
+BLOCK = 1 << 17  # weights at a time: float32 copies of so many stay in a core's own cache
 
 def _descend(weight, momentum, copy_, lr, shrink):
     "weight <- shrink * weight - lr * momentum, and its copy; flat tensors, block by block so that each is read from memory once."
     if copy_ is weight or copy_.data_ptr() == weight.data_ptr():
         weight.mul_(shrink).add_(momentum, alpha=-lr)
         return
+    wide = torch.empty(min(BLOCK, len(weight)), dtype=weight.dtype, device=weight.device)
     for w, m, c in zip(weight.split(BLOCK), momentum.split(BLOCK), copy_.split(BLOCK)):
-        w.mul_(shrink).add_(m.to(w.dtype), alpha=-lr)
+        w.mul_(shrink).add_(wide[:len(w)].copy_(m), alpha=-lr)
         c.copy_(w)
+
+def _squares(h):
+    "Sums of squares of the rows of `[batch, units]` in float32; low precision is widened some rows at a time, for the same reason."
+    if h.dtype == torch.float32 or h.device.type != "cpu":
+        return torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32).square_()
+    out, step = torch.empty(len(h)), max(1, BLOCK // max(1, h.shape[1]))
+    wide = torch.empty(min(step, len(h)), h.shape[1])
+    for rows, part in zip(out.split(step), h.split(step)):
+        torch.linalg.vector_norm(wide[:len(part)].copy_(part), dim=-1, out=rows)
+    return out.square_()
 
 # %% ../nbs/05_training.ipynb #bc990fc6
 class _SGD:
@@ -170,7 +181,7 @@ class _Learner:
         h = self.workspace.get("h", (rows, len(weight)), weight.dtype, weight.device)
         product(x, weight, bias, out=h)
         h.relu_()
-        return h, torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32).square_()
+        return h, _squares(h)
 
     @torch.no_grad()
     def learn(self, x, y, positives, factor=1.0, gamma=0.0):
@@ -227,7 +238,7 @@ class _ModuleLearner(_Learner):
         with torch.enable_grad():
             self.output = self.twin(x if isinstance(x, torch.Tensor) else x.dense())
         h = self.output.detach().flatten(1)
-        return h, torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32).square_()
+        return h, _squares(h)
 
     def product_gradient(self, h, positives, d_h, d_squares, d_mean=None):
         dh = torch.zeros_like(h) if d_squares is None else h * row_factor(d_squares, h.dtype)
