@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECI
            'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
-import os
+import math
 import platform
 import resource
 import subprocess
@@ -110,6 +110,10 @@ def _provenance(device, precision):
                 version=ff_research.__version__, torch=torch.__version__, commit=_commit(), time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 # %% ../nbs/90_recipes.ipynb #b10d3da5
+def _number(x):
+    "A rounded number for a row; None for NaN, which JSON does not know (a separation without negatives, say)."
+    return round(x, 4) if math.isfinite(x) else None
+
 def _fit(recipe, network, images, seed, checkpoint, progress, **where):
     "Train a recipe's network; gives the history, empty for a network that is not trained."
     shared = dict(epochs=recipe.epochs, seed=seed, lr=recipe.lr, lr_schedule=recipe.lr_schedule, weight_decay=recipe.weight_decay, optimizer=recipe.optimizer,
@@ -169,7 +173,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
     return dict(recipe=recipe.name, seed=seed, config=_config(recipe), errors=errors,
                 data=dict(name=images.name, train=len(validation.y_train), validation=len(validation.y_test), test=len(images.y_test)),
                 seconds=round(seconds, 2), seconds_in_all=round(time.perf_counter() - start, 2), images_per_second=round(shown / seconds) if seconds else None,
-                curves={key: [[round(v, 4) for v in epoch[key]] for epoch in epochs] for key in ("loss", "separation")}, **_provenance(device, precision))
+                curves={key: [[_number(v) for v in epoch[key]] for epoch in epochs] for key in ("loss", "separation")}, **_provenance(device, precision))
 
 # %% ../nbs/90_recipes.ipynb #fde9fd5e
 def _is_there(path, recipe, seed):

@@ -61,6 +61,7 @@ def _durably(path, text):
             os.truncate(path, size)
         raise OSError(error.errno, f"cannot write a row, the rows before it are untouched ({error.strerror or error})", str(path)) from error
 
+# %% ../nbs/91_results.ipynb #b4cdd78e
 def append_row(path, row, same=None):
     """Append a row to a .jsonl file, under a lock and flushed to the disk. Gives False, and writes nothing, if one is there for which `same(old, row)` holds.
 
@@ -130,9 +131,10 @@ def summary(rows, key):
 
 # %% ../nbs/91_results.ipynb #67fcdd52
 def paired_difference(a, b, key, other=None, seed=0):
-    """Mean of (a - b) over the seeds that both have, with a 95 % bootstrap interval of the paired differences.
+    """Mean of (a - b) over the seeds that both have, with two 95 % intervals of the paired differences.
 
-    a, b: rows; key: dotted; other: b's key where it has another name. Raises ValueError below two common seeds.
+    a, b: rows; key: dotted; other: b's key where it has another name. low, high: percentile bootstrap; t_low, t_high: Student's t;
+    real: whether both leave out 0. Raises ValueError below two common seeds.
     """
     x, y = column(a, key), column(b, other or key)
     common = sorted(x.keys() & y.keys())
@@ -140,9 +142,11 @@ def paired_difference(a, b, key, other=None, seed=0):
         raise ValueError(f"{len(common)} common seeds; a paired interval needs at least two")
     d = np.array([x[s] - y[s] for s in common])
     if np.ptp(d) == 0:
-        return dict(mean=float(d[0]), low=float(d[0]), high=float(d[0]), n=len(d))
-    interval = stats.bootstrap((d,), np.mean, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return dict(mean=float(d.mean()), low=float(interval.low), high=float(interval.high), n=len(d))
+        return dict.fromkeys(("mean", "low", "high", "t_low", "t_high"), float(d[0])) | dict(n=len(d), real=bool(d[0]))
+    low, high = map(float, stats.bootstrap((d,), np.mean, method="percentile", rng=np.random.default_rng(seed)).confidence_interval)
+    t_low, t_high = map(float, stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)))
+    real = min(low, t_low) > 0 or max(high, t_high) < 0
+    return dict(mean=float(d.mean()), low=low, high=high, t_low=t_low, t_high=t_high, n=len(d), real=real)
 
 # %% ../nbs/91_results.ipynb #80ec537a
 def spread(s, digits=2):
@@ -151,6 +155,7 @@ def spread(s, digits=2):
         return "n/a"
     return f"{s['mean']:.{digits}f}" + (f" ± {s['std']:.{digits}f}" if s["n"] > 1 else "")
 
+# %% ../nbs/91_results.ipynb #925c97f9
 def as_table(rows, columns, format="md"):
     """A table of dictionaries as text: "md" (Markdown), "csv" or "html" (with great_tables, an extra).
 
@@ -162,8 +167,10 @@ def as_table(rows, columns, format="md"):
         csv.writer(out, lineterminator="\n").writerows([list(columns.values()), *cells])
         return out.getvalue()
     if format == "md":
-        lines = [list(columns.values()), ["---"] * len(columns), *cells]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (list(columns.values()), *cells)]
+        widths = [max(3, *map(len, column)) for column in zip(*lines)]
+        lines.insert(1, ["-" * width for width in widths])
+        return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines) + "\n"
     if format != "html":
         raise ValueError(f"unknown format {format!r}; known: md, csv, html")
     try:

@@ -1,0 +1,249 @@
+"""Recipes: runs that are pure, cut off, done twice or in several processes; rows that tell the truth about their origin."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ff_research
+from ff_research import recipes
+from ff_research.recipes import RECIPES, Recipe, recipe, run, run_and_keep, run_many
+from ff_research.results import DamagedRow, read_rows
+from ff_research.training import Diverged
+
+QUIET = dict(progress=False, device="cpu", precision="fp32")
+TINY = replace(RECIPES["digits"], name="tiny", widths=(30, 30), epochs=3)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    return TINY
+
+
+def of(row):
+    "What a rerun has to give again."
+    return {key: row[key] for key in ("recipe", "seed", "config", "data", "errors", "curves")}
+
+
+# Recipes
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_config_survives_json_and_holds_every_setting(name):
+    config = recipes._config(RECIPES[name])
+    assert json.loads(json.dumps(config)) == config
+    assert Recipe(name, target=RECIPES[name].target, **{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}) == RECIPES[name]
+
+
+def test_names_are_keys_and_make_safe_file_names():
+    assert all(name == r.name and re.fullmatch(r"[a-z0-9-]+", name) for name, r in RECIPES.items())
+
+
+def test_targets_name_their_source():
+    assert all(re.search(r"\d.*\(.*\d{4}.*\)", r.target) for r in RECIPES.values() if r.target)
+
+
+@pytest.mark.parametrize("name, near", [("lowe", "loewe"), ("Backprop", "backprop"), ("hinton", "hinton-supervised"), ("", None), (7, None)])
+def test_unknown_names(name, near):
+    with pytest.raises(ValueError, match=f"did you mean '{near}'\\? `ff-research list`" if near else "unknown recipe .*; `ff-research list`"):
+        recipe(name)
+
+
+# Runs
+
+@pytest.mark.parametrize("method", ["ff", "backprop", "random", "pixels"])
+def test_a_run_is_pure_and_leaves_no_trace(method):
+    r = replace(TINY, method=method, epochs=2 if method in ("ff", "backprop") else 0, lr=0.01)
+    state = torch.get_rng_state()
+    first = run(r, 3, **QUIET)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(5)
+    assert of(run(r, 3, **QUIET)) == of(first)
+    json.dumps(first, allow_nan=False)
+
+
+def test_read_outs_of_each_method():
+    errors = {method: run(replace(TINY, method=method, epochs=method in ("ff", "backprop")), 0, **QUIET)["errors"] for method in ("ff", "backprop", "random", "pixels")}
+    for part in ("validation", "test"):
+        assert {method: sorted(e[part]) for method, e in errors.items()} == dict(ff=["per_label", "probe"], backprop=["head", "probe"], random=["probe"], pixels=["probe"])
+    assert errors["pixels"]["test"]["probe"].keys() == {"pixels"} and errors["ff"]["test"]["probe"].keys() == {"layer_1", "layer_2"}
+
+
+@pytest.mark.parametrize("method", ["ff", "backprop", "random", "pixels"])
+def test_tuning_cannot_read_the_test_images(method, monkeypatch):
+    r = replace(TINY, method=method, epochs=method in ("ff", "backprop"))
+    expected = run(r, 0, **QUIET)["errors"]["validation"]
+    unread = SimpleNamespace()
+    monkeypatch.setattr(recipes, "load", lambda *a, load=recipes.load, **k: replace(load(*a, **k), x_test=unread, y_test=range(360)))
+    with pytest.raises((AttributeError, TypeError)):
+        run(r, 0, **QUIET)
+    assert run(r, 0, test=False, **QUIET)["errors"] == dict(validation=expected)
+
+
+def test_tuning_rows_are_not_kept(tiny, tmp_path):
+    with pytest.raises(ValueError, match="not kept"):
+        run_and_keep("tiny", 0, folder=tmp_path, test=False, **QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_validation_images_are_not_trained_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(recipes, "train", lambda network, images, *a, train=recipes.train, **k: seen.append(images) or train(network, images, *a, **k))
+    data = run(TINY, 0, **QUIET)["data"]
+    whole = recipes.load("digits")
+    assert torch.equal(seen[0].x_train, whole.x_train[:-data["validation"]]) and data["train"] + data["validation"] == len(whole.y_train)
+
+
+def test_a_run_that_diverges_leaves_no_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "wild", replace(TINY, name="wild", lr=1e30))
+    with pytest.raises(Diverged, match="epoch 1, layer 1"):
+        run_and_keep("wild", 0, folder=tmp_path, **QUIET)
+    assert read_rows(tmp_path / "wild.jsonl") == []
+
+
+# Keeping
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from ff_research.recipes import RECIPES, run_and_keep
+from ff_research.strategies import STRATEGIES
+RECIPES["tiny"] = replace(RECIPES["digits"], name="tiny", widths=(30, 30), epochs=3)
+strategy, left = STRATEGIES["label_embedding"], iter(range(30))
+whole = strategy.streams
+def cut(self, *arguments):
+    if next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, *arguments)
+strategy.streams = cut
+run_and_keep("tiny", 0, folder=sys.argv[1], progress=False, device="cpu", precision="fp32")
+"""
+
+
+def test_killed_and_resumed_gives_the_unbroken_row(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert done.returncode == -signal.SIGKILL and read_rows(tmp_path / "tiny.jsonl") == []
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.safetensors")] == ["tiny-0.safetensors"]
+    assert of(run_and_keep("tiny", 0, folder=tmp_path, **QUIET)) == of(run(TINY, 0, **QUIET))
+    assert list((tmp_path / "checkpoints").glob("*.safetensors")) == []
+
+
+def test_a_row_that_cannot_be_written_costs_no_training(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "tiny.jsonl"
+    def damaging(*arguments, run=recipes.run, **options):
+        row = run(*arguments, **options)
+        path.write_text('{"recipe": "ti')  # another process crashes while this run trains
+        return row
+    monkeypatch.setattr(recipes, "run", damaging)
+    with pytest.raises(DamagedRow, match="line 1"):
+        run_and_keep("tiny", 0, folder=tmp_path, **QUIET)
+    monkeypatch.undo()
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    path.unlink()
+    monkeypatch.setattr(type(recipes.STRATEGIES["label_embedding"](10)), "streams", None)  # training again would fail
+    assert run_and_keep("tiny", 0, folder=tmp_path, **QUIET)["seed"] == 0
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path, monkeypatch):
+    run(TINY, 0, checkpoint=tmp_path / "checkpoints" / "tiny-0.safetensors", **QUIET)
+    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, lr=0.5))
+    with pytest.raises(ValueError, match="belongs to another run: .*lr"):
+        run_and_keep("tiny", 0, folder=tmp_path, **QUIET)
+
+
+def test_rows_of_other_settings_do_not_count(tiny, tmp_path, monkeypatch):
+    assert run_and_keep("tiny", 0, folder=tmp_path, **QUIET) and run_and_keep("tiny", 0, folder=tmp_path, **QUIET) is None
+    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, weight_decay=0.0))
+    assert run_and_keep("tiny", 0, folder=tmp_path, **QUIET)["config"]["weight_decay"] == 0
+    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, target="another number"))
+    assert run_and_keep("tiny", 0, folder=tmp_path, **QUIET) is None  # a target is no setting
+
+
+# Many
+
+@pytest.mark.parametrize("options, said", [(dict(names=["random-digits", "pixel"]), "did you mean 'pixels'"), (dict(engine="slurm"), "known: local, ray"), (dict(workers=0), "at least 1")])
+def test_mistakes_are_found_before_anything_runs(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        next(run_many(**dict(names=["random-digits"], seeds=[0], folder=tmp_path / "results") | options))
+    assert not (tmp_path / "results").exists()
+
+
+def test_processes_give_the_rows_that_one_process_gives(tmp_path):
+    names, seeds = ["pixels-digits", "random-digits"], range(2)
+    options = dict(device="cpu", precision="fp32")
+    many = list(run_many(names, seeds, workers=2, folder=tmp_path / "many", **options))
+    one = list(run_many(names, seeds, folder=tmp_path / "one", **options))
+    assert {(name, seed): of(row) for name, seed, row in many} == {(name, seed): of(row) for name, seed, row in one}
+    assert [len(read_rows(tmp_path / "many" / f"{name}.jsonl")) for name in names] == [2, 2]
+    assert [row for _, _, row in run_many(names, seeds, workers=2, folder=tmp_path / "many", **options)] == [None] * 4
+
+
+def test_an_error_in_a_process_cancels_what_has_not_begun(tmp_path):
+    jobs = [("nonsense", 0), *(("random-digits", seed) for seed in range(60))]
+    with pytest.raises(ValueError, match="unknown recipe 'nonsense'"):
+        list(recipes._in_processes(jobs, 1, dict(folder=tmp_path, device="cpu", precision="fp32")))
+    assert len(read_rows(tmp_path / "random-digits.jsonl")) < 30
+
+
+def test_jobs_come_seed_by_seed_and_once(monkeypatch):
+    monkeypatch.setattr(recipes, "run_and_keep", lambda name, seed, **options: None)
+    assert [job[:2] for job in run_many(["loewe", "random", "loewe"], [1, 0, 1])] == [("loewe", 1), ("random", 1), ("loewe", 0), ("random", 0)]
+
+
+def fake_ray(sent):
+    def remote(function):
+        return SimpleNamespace(remote=lambda *arguments, **options: sent.append(arguments) or (len(sent), lambda: function(*arguments, **options)))
+    return SimpleNamespace(remote=remote, wait=lambda tasks: (tasks[-1:], tasks[:-1]), get=lambda task: task[1]())
+
+
+def test_ray_sends_what_is_missing_and_keeps_what_comes_back(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(sent))
+    run_and_keep("pixels-digits", 1, folder=tmp_path, **QUIET)
+    done = list(run_many(["pixels-digits"], range(3), engine="ray", folder=tmp_path, device="cpu", precision="fp32"))
+    assert [(name, seed) for name, seed, _ in done] == [("pixels-digits", 2), ("pixels-digits", 0)]
+    assert [seed for _, seed in sent] == [0, 2] and len(read_rows(tmp_path / "pixels-digits.jsonl")) == 3
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"ff_research\[ray\]"):
+        list(run_many(["pixels-digits"], [0], engine="ray"))
+
+
+# Origin
+
+def git(folder, *arguments):
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def test_commit_tells_a_clean_tree_from_an_edited_one(tmp_path, monkeypatch):
+    module = tmp_path / "ff_research" / "__init__.py"
+    module.parent.mkdir()
+    module.write_text("")
+    monkeypatch.setattr(ff_research, "__file__", str(module))
+    assert recipes._commit() is None
+    git(tmp_path, "init", "-q")
+    assert recipes._commit() is None  # no commit yet
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    git(tmp_path, "tag", "-a", "v1", "-m", "a")
+    assert re.fullmatch("[0-9a-f]{12}", recipes._commit())
+    module.write_text("edited = True\n")
+    assert re.fullmatch("[0-9a-f]{12}-dirty", recipes._commit())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert recipes._commit() is None
+
+
+def test_rows_are_appended_to_the_folder_that_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FF_RESEARCH_RESULTS", str(tmp_path / "from_environment"))
+    monkeypatch.chdir(tmp_path)
+    run_and_keep("pixels-digits", 0, **QUIET)
+    assert (tmp_path / "from_environment" / "pixels-digits.jsonl").exists() and not Path("results").exists()

@@ -1,0 +1,411 @@
+"""Strategies: what all ten promise on any images, what each one does at its edges, and checkpoints that hold what a strategy learns."""
+import json
+
+import pytest
+import torch
+
+from ff_research.data import Images, load
+from ff_research.labels import overlay
+from ff_research.layers import Network, add_product_gradient, normalise, product
+from ff_research.strategies import (STRATEGIES, LabelEmbeddingStrategy, MaskingStrategy, Paired, PlainPositives, Strategy, blur_matrix, blurred_masks,
+                                    make_strategy, other_class, partners, register, unlike)
+from ff_research.training import train
+
+TEN = ["label_embedding", "class_confusion", "hard_mining", "image_mixing", "masking", "random_noise", "layer_wise", "adversarial", "self_contrastive", "mono_forward"]
+WITH = [name for name in TEN if STRATEGIES[name].has_negatives]
+QUIET = dict(lr=3e-3, optimizer="adamw", precision="fp32", device="cpu", progress=False)
+
+each = pytest.mark.parametrize("name", TEN)
+each_with_negatives = pytest.mark.parametrize("name", WITH)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def test_registry():
+    assert sorted(STRATEGIES) == sorted(TEN)
+    assert [name for name in TEN if STRATEGIES[name].contrasts_labels] == TEN[:3]
+    assert all(cls.name == name and cls.__doc__ for name, cls in STRATEGIES.items())
+
+
+# Any images: classes, channels, sizes, dtypes
+
+SHAPES = {
+    "digits": (30, 1, 8, 8, 10),
+    "letters, colour, not square": (60, 3, 7, 5, 26),
+    "one row": (20, 1, 1, 40, 3),
+    "two classes, six pixels": (16, 2, 1, 3, 2),
+    "a batch of two": (2, 1, 6, 6, 4),
+}
+
+
+def batch(shape, dtype):
+    n, channels, height, width, classes = shape
+    x = torch.randint(0, 256, (n, channels, height, width), generator=seeded(1), dtype=torch.uint8)
+    if dtype != torch.uint8:
+        x = x.to(dtype) / 255
+    return x, torch.arange(n) % classes, classes
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_promises(name, shape, dtype):
+    x, y, classes = batch(shape, dtype)
+    network, strategy = Network([x[0].numel(), 12, 9]), make_strategy(name, classes)
+    kept, labels, state = x.clone(), y.clone(), torch.get_rng_state()
+    positive = strategy.create_positive(x, y)
+    streams = strategy.streams(x, y, network, seeded())
+    assert positive.shape == x.shape and positive.dtype == torch.float32
+    assert (streams.rows if not isinstance(streams, torch.Tensor) else len(streams)) == len(x) * (1 + strategy.has_negatives)
+    assert positive.data_ptr() != x.data_ptr()
+    if strategy.has_negatives:
+        for asked in (network, None):
+            negative = strategy.generate(x, y, asked, seeded())
+            assert negative.shape == x.shape and negative.dtype == torch.float32 and not negative.requires_grad
+            assert 0 <= negative.min() and negative.max() <= 1
+            assert (negative != positive).flatten(1).any(1).all()
+            negative.zero_()
+    positive.zero_()
+    assert torch.equal(x, kept) and torch.equal(y, labels) and torch.equal(torch.get_rng_state(), state)
+
+
+@each_with_negatives
+def test_same_seed_same_negatives(name, digits):
+    x, y, network = digits.x_train[:50], digits.y_train[:50], Network([64, 20, 20])
+    draws = [make_strategy(name, 10).generate(x, y, network, seeded(seed)) for seed in (3, 3, *range(4, 10))]
+    assert torch.equal(draws[0], draws[1])
+    assert name == "adversarial" or not all(torch.equal(draws[0], other) for other in draws[2:])
+
+
+def test_no_two_strategies_are_one(digits):
+    x, y, network = digits.x_train[:50], digits.y_train[:50], Network([64, 20, 20])
+    made = {}
+    for name in WITH:
+        strategy = make_strategy(name, 10)
+        if name == "hard_mining":
+            strategy.begin(network)
+            strategy.bias += torch.arange(10.0)
+        made[name] = strategy.generate(x, y, network, seeded(3))
+    assert not [(a, b) for i, a in enumerate(WITH) for b in WITH[:i] if torch.equal(made[a], made[b])]
+
+
+# Odd batches
+
+COPES = ("label_embedding", "hard_mining", "adversarial")  # with blank images and with a single one
+
+
+@each_with_negatives
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_blank_batches(name, value):
+    x, y, network = torch.full((6, 1, 8, 8), value), torch.arange(6), Network([64, 20, 20])
+    strategy = make_strategy(name, 10)
+    if name in COPES:
+        for asked in (network, None):
+            assert (strategy.generate(x, y, asked, seeded()) != strategy.create_positive(x, y)).flatten(1).any(1).all()
+    else:
+        with pytest.raises(ValueError, match="blank"):
+            strategy.generate(x, y, network, seeded())
+
+
+@each_with_negatives
+def test_some_blank_images_are_no_reason_to_stop(name, digits):
+    x = digits.x_train[:12].clone()
+    x[:4] = 0
+    strategy, y = make_strategy(name, 12), torch.arange(12)
+    for seed in range(20):
+        negative = strategy.generate(x, y, None, seeded(seed))
+        assert (negative != strategy.create_positive(x, y)).flatten(1).any(1).all()
+
+
+@each
+def test_batch_of_one(name, digits):
+    x, y, network = digits.x_train[:1], digits.y_train[:1], Network([64, 20, 20])
+    strategy = make_strategy(name, 10)
+    if name in COPES or name == "mono_forward":
+        assert strategy.streams(x, y, network, seeded()) is not None
+    else:
+        for call in (strategy.streams, strategy.generate):
+            with pytest.raises(ValueError, match="no second image"):
+                call(x, y, network, seeded())
+
+
+def test_a_last_batch_of_one_is_named_in_training(digits):
+    three = Images("three", digits.x_train[:3], digits.y_train[:3], digits.x_test, digits.y_test, 10)
+    with pytest.raises(ValueError, match="batch_size that leaves at least two"):
+        train(Network([64, 9]), three, make_strategy("image_mixing", 10), epochs=1, batch_size=2, **QUIET)
+
+
+def test_one_class_only(digits):
+    with pytest.raises(ValueError, match="same class"):
+        make_strategy("class_confusion", 10).generate(digits.x_train[:5], torch.full((5,), 4), None, seeded())
+
+
+# Parts
+
+def test_other_class_reaches_everyone_and_no_one_else():
+    y = torch.tensor([5, 0, 5, 2, 0, 5, 9])
+    seen = [set() for _ in y]
+    for seed in range(200):
+        for i, j in enumerate(other_class(y, seeded(seed)).tolist()):
+            seen[i].add(j)
+    assert seen == [{j for j in range(7) if y[j] != y[i]} for i in range(7)]
+
+
+def test_unlike_redraws_only_what_it_must():
+    positive, calls = torch.zeros(3, 1, 2, 2), []
+
+    def draw():
+        calls.append(1)
+        out = torch.full((3, 1, 2, 2), float(len(calls)))
+        if len(calls) < 3:
+            out[1] = 0  # equal twice
+        return out
+
+    assert unlike(positive, draw)[:, 0, 0, 0].tolist() == [1, 3, 1] and len(calls) == 3
+    with pytest.raises(ValueError, match="image 0 of the batch"):
+        unlike(positive, lambda: positive + 1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17])
+def test_blur_keeps_mean_and_forgets(size):
+    step = blur_matrix(size, 1)
+    assert torch.allclose(step.sum(1), torch.ones(size)) and torch.equal(step, step.T)
+    assert torch.allclose(blur_matrix(size, 3000), torch.full((size, size), 1 / size), atol=1e-3)
+    assert torch.equal(blur_matrix(size, 0), torch.eye(size))
+
+
+def test_masks_are_balanced_even_where_ties_are_frequent():
+    for height, width, blurs in ((1, 1, 1), (3, 5, 1), (8, 8, 1), (8, 8, 2)):
+        share = blurred_masks(40_000 // (height * width), height, width, blurs, generator=seeded()).float().mean()
+        assert abs(share - 0.5) < 0.02, (height, width, blurs)
+
+
+def test_mixing_takes_whole_pixels_of_all_channels():
+    x = torch.rand(9, 3, 10, 10, generator=seeded())
+    own = make_strategy("image_mixing", 2).generate(x, None, None, seeded(1)) == x
+    assert torch.equal(own.all(1), own.any(1)) and 0.2 < own.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("push, image, expected", [(1, 1.0, 0.8), (-1, 0.0, 0.2), (1, 0.0, 0.2), (-1, 1.0, 0.8)])
+def test_adversarial_never_stands_still(push, image, expected):
+    strategy = make_strategy("adversarial", 10)
+    strategy.direction = lambda x, network, generator=None: torch.full_like(x, push)
+    assert torch.allclose(strategy.generate(torch.full((2, 1, 4, 4), image), None), torch.full((2, 1, 4, 4), expected))
+
+
+def test_adversarial_is_a_plain_cut_where_anything_moves():
+    strategy = make_strategy("adversarial", 10)
+    strategy.direction = lambda x, network, generator=None: torch.ones_like(x)
+    moved = strategy.generate(torch.tensor([0.0, 1.0, 0.95, 0.4]).view(1, 1, 2, 2), None)
+    assert torch.allclose(moved.flatten(), torch.tensor([0.2, 1.0, 1.0, 0.6]))
+
+
+def test_adversarial_direction_is_the_gradient_of_layer_one(digits):
+    network, x, i = Network([64, 30, 20]).double(), (digits.x_train[:3].double() / 255), 0
+    direction = make_strategy("adversarial", 10).direction(x, network)
+
+    def goodness(images):
+        with torch.no_grad():
+            return network.layers[0](network.prepare(images)).square().sum(1)
+
+    for pixel in range(0, 64, 5):
+        nudge = torch.zeros(64, dtype=torch.float64)
+        nudge[pixel] = 1e-5
+        difference = goodness(x + nudge.view(1, 1, 8, 8)) - goodness(x - nudge.view(1, 1, 8, 8))
+        assert torch.equal(direction.flatten(1)[:, pixel].double(), difference.sign())
+        i += 1
+    assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -0.1, 1.5, float("nan")])
+def test_adversarial_refuses_steps_out_of_range(epsilon):
+    with pytest.raises(ValueError, match="expected a step above 0"):
+        make_strategy("adversarial", 10, epsilon=epsilon)
+
+
+def test_hard_mining_learns_its_own_head_and_nothing_else(digits):
+    network, strategy = Network([64, 40, 40]), make_strategy("hard_mining", 10)
+    x, y = digits.x_train[:300], digits.y_train[:300]
+    strategy.begin(network)
+    before = [p.detach().clone() for p in network.parameters()]
+    f, losses = strategy.features(x, network), []
+    weight, bias = torch.zeros(40, 10, requires_grad=True), torch.zeros(10, requires_grad=True)
+    for step in range(30):
+        loss = torch.nn.functional.cross_entropy(f @ weight + bias, y)
+        losses.append(loss.item())
+        grads = torch.autograd.grad(loss, [weight, bias])
+        with torch.no_grad():
+            for p, g in zip((weight, bias), grads):
+                p -= 2.0 / 40 * g
+        assert not (strategy.hard_labels(x, y, network, seeded(step)) == y).any()
+        assert torch.allclose(strategy.weight, weight, atol=1e-5) and torch.allclose(strategy.bias, bias, atol=1e-5)
+    assert losses == sorted(losses, reverse=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+
+
+def test_hard_mining_begins_anew_for_each_training(digits):
+    "One strategy object for several runs gives what several objects give."
+    def weights(strategy):
+        network = Network([64, 20, 20])
+        train(network, digits, strategy, epochs=1, **QUIET)
+        return network.layers[1].weight
+
+    shared = make_strategy("hard_mining", 10)
+    weights(shared)
+    assert torch.equal(weights(shared), weights(make_strategy("hard_mining", 10)))
+
+
+# Pairs
+
+@pytest.fixture
+def pair():
+    return Paired(normalise(torch.rand(20, 12, generator=seeded(), dtype=torch.float64)), partners(20, generator=seeded(1)))
+
+
+def test_paired_product_and_gradients(pair):
+    g = seeded(2)
+    weight, bias = torch.randn(7, 12, generator=g, dtype=torch.float64, requires_grad=True), torch.randn(7, generator=g, dtype=torch.float64)
+    dense, dz = pair.dense() @ weight.T + bias, torch.randn(40, 7, generator=g, dtype=torch.float64)
+    oracle, = torch.autograd.grad(dense, weight, dz)
+    through, = torch.autograd.grad(product(pair, weight, bias), weight, dz)
+    out, total = torch.empty(40, 7, dtype=torch.float64), torch.randn(7, 12, generator=g, dtype=torch.float64)
+    expected = 0.9 * total + oracle
+    assert torch.allclose(product(pair, weight.detach(), bias, out=out), dense) and torch.allclose(out, dense)
+    assert torch.allclose(through, oracle)
+    assert torch.allclose(add_product_gradient(dz, pair, total, keep=0.9), expected) and torch.allclose(total, expected)
+    assert torch.allclose(add_product_gradient(dz, pair, torch.full_like(total, torch.nan), keep=0.0), oracle)
+
+
+def test_paired_prepare(digits):
+    x, partner = digits.x_train[:40], partners(40, generator=seeded())
+    plain, centred = Paired(x, partner).prepare(64, torch.float32), Paired(x, partner, centred=True).prepare(64, torch.float32)
+    assert torch.allclose(plain.images, Network([64, 5]).prepare(x))  # training reads what the read-out reads
+    assert torch.allclose(centred.images.mean(1), torch.zeros(40), atol=1e-6)
+    assert torch.allclose(centred.images.std(1, correction=0), torch.ones(40), atol=1e-4)
+    assert Paired(x, partner).prepare(None, torch.float32).dense().shape == (80, 1, 8, 8)
+    with pytest.raises(ValueError, match="64 pixels"):
+        Paired(x, partner).prepare(65, torch.float32)
+
+
+@pytest.mark.parametrize("options", [dict(repair=True), dict(standardise=True), dict(repair=True, standardise=True)], ids=str)
+def test_self_contrastive_options_train(options, digits):
+    history = train(Network([64, 40, 40]), digits, make_strategy("self_contrastive", 10, **options), epochs=3, **QUIET)
+    assert min(history.column("separation")[-1]) > 0.6
+
+
+# Names and classes of one's own
+
+@pytest.mark.parametrize("wrong, near", [("hard-mining", "hard_mining"), ("mono", "mono_forward"), ("maskin", "masking"), ("image mixing", "image_mixing")])
+def test_unknown_names_are_answered_with_the_nearest(wrong, near):
+    with pytest.raises(ValueError, match=f"unknown strategy '{wrong}'; did you mean '{near}'"):
+        make_strategy(wrong, 10)
+
+
+def test_register_refuses_missing_and_taken_names():
+    class Nameless(Strategy):
+        pass
+
+    class Thief(PlainPositives):
+        name = "masking"
+
+    class Heir(LabelEmbeddingStrategy):
+        "Forgot to give a name of its own."
+
+    for cls in (Nameless, Thief, Heir):
+        with pytest.raises(ValueError, match=cls.__name__):
+            register(cls)
+    assert STRATEGIES["masking"] is MaskingStrategy and register(MaskingStrategy) is MaskingStrategy
+    assert STRATEGIES["label_embedding"] is LabelEmbeddingStrategy
+
+
+def test_unwritten_methods_say_their_name(digits):
+    for method in ("create_positive", "generate"):
+        with pytest.raises(NotImplementedError, match=f"Strategy has no {method}"):
+            getattr(Strategy(10), method)(digits.x_train[:2], digits.y_train[:2])
+
+
+def test_options_are_printed():
+    assert repr(make_strategy("label_embedding", 10)) == "LabelEmbeddingStrategy(10)"
+    assert repr(make_strategy("adversarial", 10, epsilon=0.1)) == "AdversarialStrategy(10, epsilon=0.1)"
+    assert "repair=True" in repr(make_strategy("self_contrastive", 10, repair=True))
+
+
+# Training
+
+@each
+def test_train_leaves_torchs_generator_and_the_images_alone(name, digits):
+    state, x = torch.get_rng_state(), digits.x_train.clone()
+    train(Network([64, 20, 20]), digits, make_strategy(name, 10), epochs=1, **QUIET)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(digits.x_train, x)
+
+
+@each
+def test_greedy(name, digits):
+    strategy, network = make_strategy(name, 10), Network([64, 20, 20])
+    before = network.layers[0].weight.detach().clone()
+    if strategy.redraws_between:
+        with pytest.raises(ValueError, match=f"{name} .*greedy.*together"):
+            train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)
+        assert torch.equal(network.layers[0].weight, before)
+    else:
+        assert len(train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)) == 2
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_bf16_trains(name, digits):
+    history = train(Network([64, 40, 40]), digits, make_strategy(name, 10), epochs=1, **QUIET | dict(precision="bf16"))
+    assert all(loss == loss for loss in history.column("loss")[-1])
+
+
+class Killed(Exception):
+    pass
+
+
+def run(name, images, checkpoint=None, stop=None, **options):
+    "A short run: every number that it leaves behind. `stop`: break off in this batch."
+    strategy, network, count = make_strategy(name, 10, **options), Network([64, 24, 24]), 0
+    if stop is not None:
+        streams = strategy.streams
+
+        def counted(*arguments):
+            nonlocal count
+            count += 1
+            if count > stop:
+                raise Killed
+            return streams(*arguments)
+        strategy.streams = counted
+    history = train(network, images, strategy, epochs=3, seed=4, checkpoint=checkpoint, **QUIET)
+    tensors = network.state_dict() | {f"strategy.{key}": value for key, value in strategy.tensors().items()}
+    return tensors, json.dumps([epoch | dict(seconds=0) for epoch in history.epochs])
+
+
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in TEN), ("self_contrastive", dict(repair=True))], ids=str)
+def test_resumed_equals_unbroken(name, options, digits, tmp_path):
+    part = Images("part", digits.x_train[:300], digits.y_train[:300], digits.x_test, digits.y_test, 10)
+    path, unbroken = tmp_path / "run.safetensors", run(name, part, **options)
+    with pytest.raises(Killed):
+        run(name, part, path, stop=7, **options)  # in the third epoch of three batches
+    resumed = run(name, part, path, **options)
+    assert resumed[0].keys() == unbroken[0].keys() and all(torch.equal(resumed[0][key], unbroken[0][key]) for key in unbroken[0])
+    assert resumed[1] == unbroken[1]
+    assert name != "hard_mining" or resumed[0]["strategy.weight"].abs().sum() > 0
+
+
+def test_a_checkpoint_of_other_options_is_refused(digits, tmp_path):
+    path = tmp_path / "run.safetensors"
+    run("adversarial", digits, path)
+    with pytest.raises(ValueError, match="epsilon=0.1"):
+        run("adversarial", digits, path, epsilon=0.1)
+
+
+def test_positives_of_label_strategies_are_overlays(digits):
+    x, y = digits.x_train[:20], digits.y_train[:20]
+    for name in TEN[:3]:
+        assert torch.equal(make_strategy(name, 10).create_positive(x, y), overlay(x, y, 10))
