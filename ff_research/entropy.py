@@ -45,7 +45,7 @@ def entropy_parts(h):
         raise ValueError(f"expected goodness [layers, points]; got shape {list(h.shape)}")
     layer, point, mean = h.mean(-1, keepdim=True), h.mean(-2, keepdim=True), h.mean((-2, -1), keepdim=True)
     return dict(total=functional_entropy(h, (-2, -1)), between=functional_entropy(layer.squeeze(-1), -1), within=functional_entropy(h, -1).mean(-1),
-                joint=functional_entropy(point.squeeze(-2), -1), interaction=torch.xlogy(h, _ratio(h, layer) * _ratio(mean, point)).mean((-2, -1)))
+                joint=functional_entropy(point.squeeze(-2), -1), interaction=(torch.xlogy(h, _ratio(h, layer)) - torch.xlogy(h, _ratio(point, mean))).mean((-2, -1)))
 
 # %% ../nbs/12_entropy.ipynb #90762062
 def entropy_loss(g_pos, g_neg, epsilon=1e-3):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 
 from ff_research.collaboration import contributions, layer_goodness, theta_sweep
 from ff_research.data import load
-from ff_research.entropy import entropic, entropy_loss, entropy_parts, functional_entropy
-from ff_research.goodness import GoodnessObjective, hinton, mean_activity, mean_of_squares, sum_of_squares, symba
-from ff_research.layers import Network, activities, normalise, prepare
+from ff_research.entropy import entropic, entropy_loss, entropy_parts, functional_entropy, log_goodness
+from ff_research.goodness import GoodnessObjective, hinton, mean_activity, sum_of_squares, symba
+from ff_research.layers import Network, normalise, prepare
 from ff_research.readout import label_goodness, per_label_goodness
 from ff_research.strategies import STRATEGIES
 from ff_research.training import COLLABORATIONS, SCHEDULES, Diverged, gammas, train
@@ -149,7 +150,7 @@ def test_greedy_hears_what_frozen_layers_say(digits, mode):
     options = dict(schedule="greedy", collaboration=mode, lr=[0.0, 0.1, 0.0], weight_decay=0.0, batch_size=2000, **QUIET)
     train(network, digits, strategy, epochs=1, seed=5, **options)
     generator = torch.Generator().manual_seed(5)
-    for layer in range(2):  # what the run drew: negatives and an order for each layer
+    for _ in range(2):  # what the run drew: negatives and an order for each layer
         negative = strategy.generate(digits.x_train, digits.y_train, None, generator)
         torch.randperm(len(digits.y_train), generator=generator)
     x = prepare(torch.cat([strategy.create_positive(digits.x_train, digits.y_train), negative]), 64)
@@ -252,3 +253,92 @@ def test_impossible_settings(digits, options, message):
 def test_a_diverging_run_says_where(digits):
     with pytest.raises(Diverged, match="epoch 1, layer"):
         train(Network([64, 30, 30]), digits, LABELS(10), epochs=2, collaboration="all", lr=1e12, **QUIET)
+
+
+def test_one_objective_for_each_layer(digits):
+    shared, own = (weights_with(digits, objective) for objective in (hinton(theta=40.0), [hinton(theta=40.0)] * 2))
+    assert torch.equal(shared, own) and not torch.equal(shared, weights_with(digits, [hinton(theta=40.0), hinton(theta=80.0)]))
+    with pytest.raises(ValueError, match="3 objectives: expected one, or one for each of the 2 layers"):
+        weights_with(digits, [hinton()] * 3)
+
+
+def weights_with(digits, objective):
+    network = Network([64, 30, 30])
+    train(network, digits, LABELS(10), epochs=1, objective=objective, collaboration="previous", **QUIET)
+    return weights(network)
+
+
+# Who does the work
+
+def test_layer_goodness_sums_to_the_readout(digits):
+    for network in (Network([64, 30, 20, 10]), Network([Convolution(1, 4), Convolution(4, 4)])):
+        g = layer_goodness(network, digits.x_test[:70], 10, batch_size=32, precision="fp32", device="cpu")
+        assert g.shape == (len(network.layers), 70, 10)
+        for first in (1, 2):
+            torch.testing.assert_close(g[first - 1:].sum(0), label_goodness(network, digits.x_test[:70], 10, first=first, precision="fp32", device="cpu"))
+
+
+def test_contributions(digits):
+    network, where = Network([64, 30, 20, 10]), dict(precision="fp32", device="cpu")
+    train(network, digits, LABELS(10), epochs=3, lr=0.01, **QUIET)
+    found = contributions(network, digits, split="train", **where)
+    assert len(found["alone"]) == len(found["without"]) == 3
+    for first, error in ((1, found["together"]), (2, found["without"][0]), (3, found["alone"][2])):
+        assert abs(error - per_label_goodness(network, digits, split="train", first=first, **where)) < 1e-4
+    assert math.isnan(contributions(network, digits, first=3, **where)["without"][0])
+    for wrong in (dict(first=0), dict(first=4), dict(split="tset")):
+        with pytest.raises(ValueError):
+            contributions(network, digits, **wrong, **where)
+
+
+def test_theta_sweep_leaves_the_test_images_unread(digits):
+    blind = replace(digits, x_test=torch.zeros_like(digits.x_test), y_test=torch.zeros_like(digits.y_test))
+    a, b = (theta_sweep([64, 30, 30], images, LABELS(10), [0.5, 1.0], (0, 1), collaboration="all", epochs=3, lr=0.01, **QUIET) for images in (digits, blind))
+    assert a.shape == (2, 2) and torch.equal(a, b) and a.unique().numel() > 1
+
+
+# Functional entropy
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 2), (5, 40), (3, 4, 17)])
+@pytest.mark.parametrize("power", [0, 1, 8])
+def test_parts_add_up_and_are_not_negative(shape, power):
+    h = 100 * torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** power
+    h = torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.2, 0.0, h)
+    parts = entropy_parts(h)
+    assert all((part >= -1e-9).all() for part in parts.values())
+    torch.testing.assert_close(parts["between"] + parts["within"], parts["total"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(parts["joint"] + parts["interaction"], parts["within"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(functional_entropy(h, dim=(-2, -1)), parts["total"])
+    for _ in range(3):  # no test function beats the entropy: E[h phi] <= Ent(h) + E[h] log E[exp(phi)]
+        phi = torch.randn(shape, dtype=torch.float64)
+        assert ((h * phi).mean((-2, -1)) <= parts["total"] + h.mean((-2, -1)) * phi.exp().mean((-2, -1)).log() + 1e-9).all()
+
+
+def test_entropy_of_extremes():
+    assert functional_entropy(torch.zeros(5)) == 0 and functional_entropy(torch.tensor(3.0)) == 0
+    assert functional_entropy(torch.tensor([1e300, 1e300], dtype=torch.float64)) == 0
+    assert all(part == 0 for part in entropy_parts(torch.zeros(2, 3)).values())
+    assert all(torch.isfinite(part) for part in entropy_parts(torch.tensor([[0.0, 0.0], [0.0, 5.0]])).values())
+    assert torch.equal(functional_entropy(torch.arange(12).view(3, 4), dim=1)[1], functional_entropy(torch.arange(4, 8)))
+    for bad in ([1.0, -1e-9], [math.nan, 1.0], [math.inf], []):
+        with pytest.raises(ValueError, match="at least one"):
+            functional_entropy(torch.tensor(bad))
+    with pytest.raises(ValueError, match=re.escape("expected goodness [layers, points]")):
+        entropy_parts(torch.rand(3))
+
+
+def test_entropy_loss_at_the_edges():
+    silent = torch.zeros(4, requires_grad=True)
+    for g_neg in (torch.zeros(4), torch.full((4,), 1e9)):
+        loss = entropy_loss(silent, g_neg)
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, silent)[0]).all()
+    assert torch.isfinite(log_goodness(torch.zeros(2, 5))).all()
+
+
+def test_entropic_objective_trains_without_a_threshold(digits):
+    "Also in both modes of collaboration; read by the logarithm, since the layers have no common scale."
+    for mode in MODES:
+        network = Network([64, 60, 60])
+        train(network, digits, LABELS(10), epochs=10, objective=entropic(), collaboration=mode, lr=0.1, **QUIET)
+        error = per_label_goodness(network, digits, first=1, goodness=log_goodness if mode is None else sum_of_squares, precision="fp32", device="cpu")
+        assert error < 40, (mode, error)
