@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb))
@@ -33,10 +34,10 @@ demo: setup  ## train Forward-Forward and backprop on bundled digits, print both
 	@$(BIN)/ff-research compare
 
 test: setup  ## run every chapter and every test (ARGS="-k data --slow" to choose)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 coverage: setup  ## the same, with the lines of the package that nothing ran
-	@$(BIN)/python -m pytest --cov=ff_research --cov-report=term-missing $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --cov=ff_research --cov-report=term-missing $(ARGS)
 
 export: setup  ## write ff_research/ from the notebooks
 	@$(BIN)/nbdev_export
@@ -50,8 +51,8 @@ book: export  ## render the book into _docs/ (needs Quarto)
 	@if [ settings.ini -nt _docs/index.html ]; then touch nbs/*.ipynb; fi
 	@PATH="$(abspath $(BIN)):$$PATH" quarto render
 
-bench: setup  ## seconds and memory of a training step, beside what else one could use
-	@$(BIN)/python benchmarks/step.py
+bench: setup  ## how much of a training step is its matrix products
+	@$(BIN)/ff-research bench
 
 clean:  ## remove what was built (not .venv, not results/)
 	@rm -rf _docs .quarto build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis

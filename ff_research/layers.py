@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .data import as_float
 from .goodness import sum_of_squares

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -128,7 +129,8 @@ def test_run_skips_what_is_there(shell, folder):
 
 def test_stopped_by_hand_says_so_and_goes_on(folder):
     checkpoint, path = folder / "results" / "checkpoints" / "digits-0.safetensors", folder / "results" / "digits.jsonl"
-    process = subprocess.Popen([*PROGRAM, "run", "digits", "--seeds", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell that puts the tests into the background has it ignored
+    process = subprocess.Popen([*PROGRAM, "run", "digits", "--seeds", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for _ in range(600):
         if checkpoint.exists() or process.poll() is not None:
             break

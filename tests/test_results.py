@@ -220,7 +220,16 @@ def test_too_few_pairs_and_no_scatter():
     for a, common in (([], 0), (rows_of([1.0]), 1)):
         with pytest.raises(ValueError, match=f"{common} common seeds"):
             paired_difference(a, rows_of([1.0, 2.0]), "e")
-    assert paired_difference(rows_of([1.0, 2.0]), rows_of([0.5, 1.5]), "e") == dict(mean=0.5, low=0.5, high=0.5, n=2)
+    assert paired_difference(rows_of([1.0, 2.0]), rows_of([0.5, 1.5]), "e") == dict(mean=0.5, low=0.5, high=0.5, t_low=0.5, t_high=0.5, n=2, real=True)
+
+
+def test_a_difference_is_real_only_where_both_intervals_say_so():
+    d = np.array([0.05, 0.1, 0.15, 0.6, 0.9])  # the bootstrap leaves out 0, Student's interval does not
+    got = paired_difference(rows_of(d), rows_of(np.zeros(5)), "e")
+    student = stats.ttest_1samp(d, 0).confidence_interval(0.95)
+    assert np.allclose((got["t_low"], got["t_high"]), (student.low, student.high))
+    assert got["low"] > 0 > got["t_low"] and not got["real"]
+    assert paired_difference(rows_of(d + 1), rows_of(np.zeros(5)), "e")["real"] and paired_difference(rows_of(-d - 1), rows_of(np.zeros(5)), "e")["real"]
     renamed = [dict(seed=seed, f=0.0) for seed in range(2)]
     assert paired_difference(rows_of([1.0, 2.0]), renamed, "e", "f") == paired_difference(rows_of([1.0, 2.0]), rows_of([0.0, 0.0]), "e")
 
