@@ -7,6 +7,7 @@ __all__ = ['OBJECTIVES', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECI
            'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
+import json
 import math
 import platform
 import resource
@@ -151,7 +152,7 @@ def _measure(recipe, network, images, validation, test, **where):
 # %% ../nbs/90_recipes.ipynb #d179d207
 def _config(recipe):
     "The settings of a recipe as JSON would give them back: without name and target, lists in the place of tuples."
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(recipe).items() if key not in ("name", "target")}
+    return json.loads(json.dumps({key: v for key, v in asdict(recipe).items() if key not in ("name", "target")}))
 
 # %% ../nbs/90_recipes.ipynb #27007b3d
 def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoint=None, progress=True, test=True):
