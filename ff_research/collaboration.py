@@ -14,7 +14,7 @@ from .data import hold_out, validation_size
 from .goodness import hinton, sum_of_squares
 from .labels import check_room, labelled
 from .layers import Network, activities
-from .readout import _split, _twin, per_label_goodness
+from .readout import _best, _split, _twin, per_label_goodness
 from .training import gammas, train
 
 # %% ../nbs/11_collaboration.ipynb #dd88daa4
@@ -47,7 +47,7 @@ def contributions(network, images, *, split="test", first=1, **options):
     others = gammas(g.flatten(1), "all").view_as(g)
 
     def error(g):
-        return 100 * (g.argmax(1) != y.to(g.device)).float().mean().item()
+        return 100 * (_best(g, "the goodness") != y.to(g.device)).float().mean().item()
     return dict(together=error(g.sum(0)), alone=[error(own) for own in g], without=[error(rest) if len(g) > 1 else math.nan for rest in others])
 
 # %% ../nbs/11_collaboration.ipynb #5b84840a

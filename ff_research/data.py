@@ -7,10 +7,12 @@ __all__ = ['KEYS', 'DATA_SETS', 'VALIDATION', 'Images', 'as_float', 'from_arrays
            'validation_size']
 
 # %% ../nbs/01_data.ipynb #d5903779
+import math
 import os
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
@@ -81,8 +83,8 @@ def _as_labels(y, count, key, source):
         raise ValueError(f"{source}: {key} is {y.dtype} {list(y.shape)}; expected one integer per image")
     if len(y) != count:
         raise ValueError(f"{source}: {key} has {len(y)} labels for {count} images")
-    if y.min() < 0:
-        raise ValueError(f"{source}: {key} holds the label {y.min()}; labels count from 0")
+    if y.min() < 0 or y.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{source}: {key} holds the label {y.min() if y.min() < 0 else y.max()}; labels count from 0")
     return torch.from_numpy(y.astype(np.int64))
 
 # %% ../nbs/01_data.ipynb #c0b8161c
@@ -106,32 +108,63 @@ def from_arrays(name, x_train, y_train, x_test, y_test, source=None):
         raise ValueError(f"{source}: y_test holds the label {int(y['y_test'].max())}, which y_train (0…{num_classes - 1}) lacks")
     return Images(name, **x, **y, num_classes=num_classes)
 
+# %% ../nbs/01_data.ipynb #f01aa209
+def _shown(text, most=1000):
+    "Foreign text as it may stand in a message: on one line, without control characters, and not endless."
+    text = repr(str(text))[1:-1]
+    return text if len(text) <= most else f"{text[:most]} …"
+
+def _read_array(archive, member, size):
+    """One array of an archive of `size` bytes. What header and directory promise is compared before any memory is asked for.
+
+    Raises ValueError, or whatever numpy and zipfile raise, for what is no plain array of numbers in a member of just its length.
+    """
+    if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED) or not member.file_size / 1100 <= member.compress_size <= size:
+        raise ValueError(f"{member.filename} claims to hold {member.file_size} bytes in {member.compress_size}, which deflate cannot do")
+    with archive.open(member) as f:
+        major, _ = np.lib.format.read_magic(f)
+        if major > 2:
+            raise ValueError(f"{member.filename} is written in version {major} of the format, which plain arrays do not need")
+        shape, _, dtype = (np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0)[major - 1](f)
+        if dtype.kind not in "biufc":
+            raise ValueError(f"{member.filename} holds {'Python objects' if dtype.hasobject else dtype.name}, not numbers")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - f.tell():
+            raise ValueError(f"{member.filename} claims the shape {_shown(shape, 60)}, which is not what {member.file_size} bytes hold")
+        f.seek(0)
+        return np.lib.format.read_array(f, allow_pickle=False)
+
+
 # %% ../nbs/01_data.ipynb #02814893
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 def load_npz(path):
     """`Images` from an .npz file with the arrays x_train, y_train, x_test, y_test; nothing in it is ever unpickled.
 
-    Raises FileNotFoundError, or ValueError for a damaged file, missing arrays or unusable ones.
+    Raises FileNotFoundError (or another OSError where it cannot be opened), ValueError for a damaged file, missing arrays or unusable ones.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
+    shown = _shown(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            held = f.files
-            arrays = [f[key] for key in KEYS if key in held]
-    except Exception as error:  # numpy, zipfile and zlib have a dozen ways to stumble over a damaged file
-        reason = str(error).split(". ")[0] or type(error).__name__
-        raise ValueError(f"{path}: damaged, not an .npz file, or holding Python objects, which are never unpickled ({reason}); write it again, or delete it if it was a download") from error
-    if missing := [key for key in KEYS if key not in held]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; it holds {', '.join(held) or 'nothing'}")
-    return from_arrays(path.stem, *arrays, source=str(path))
+        raise FileNotFoundError(f"{shown}: no such file")
+    with open(path, "rb") as file:
+        try:
+            with ZipFile(file) as archive:
+                members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+                if len(members) < len(archive.infolist()):
+                    raise ValueError("two arrays of one name")
+                arrays = [_read_array(archive, members[key], path.stat().st_size) for key in KEYS if key in members]
+        except Exception as error:  # numpy, zipfile and zlib have a dozen ways to stumble over a damaged file
+            reason = _shown(" ".join(str(error).split()), 200) or type(error).__name__
+            raise ValueError(f"{shown}: damaged, not an .npz file, or holding Python objects, which are never unpickled ({reason}); write it again, or delete it if it was a download") from error
+    if missing := [key for key in KEYS if key not in members]:
+        raise ValueError(f"{shown}: lacks {', '.join(missing)}; it holds {_shown(', '.join(members), 200) or 'nothing'}")
+    return from_arrays(_shown(path.stem), *arrays, source=shown)
+
 
 # %% ../nbs/01_data.ipynb #c4e48a9a
 def data_root(root=None):
     "The folder of the data sets: `root`, else `$FF_RESEARCH_DATA`, else `~/.cache/ff_research`."
-    return Path(root or os.environ.get("FF_RESEARCH_DATA") or "~/.cache/ff_research").expanduser()
+    return Path(os.path.expanduser(root or os.environ.get("FF_RESEARCH_DATA") or "~/.cache/ff_research"))
 
 # %% ../nbs/01_data.ipynb #dcd77d57
 def _digits(root):
@@ -190,7 +223,7 @@ def load(name_or_path, root=None, device="cpu"):
         return load_npz(text).to(device)
     near = get_close_matches(text.lower(), DATA_SETS, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown data set {text!r}{hint} Known: {', '.join(DATA_SETS)}, or the path of an .npz file")
+    raise ValueError(f"unknown data set {text[:80]!r}{hint} Known: {', '.join(DATA_SETS)}, or the path of an .npz file")
 
 # %% ../nbs/01_data.ipynb #bac921f8
 def hold_out(images, samples):

@@ -105,6 +105,8 @@ class GoodnessObjective(torch.nn.Module):
 
         gamma: added to the goodness before the loss, a number or `[2 x batch]`, to be given detached; squares: h's sums of squares, where known.
         """
+        if len(h) % 2:
+            raise ValueError(f"{len(h)} rows of activity: expected positives and as many negatives")
         g = self.goodness(h, squares=squares) if self._reads_squares else self.goodness(h)
         options = {key: h[0].numel() if value == "units" else value for key, value in self.options.items()}
         g_pos, g_neg = (g + gamma).chunk(2)

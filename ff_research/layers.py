@@ -163,7 +163,7 @@ def _own_layers(layers):
         if isinstance(layer, FFLinear) and layer.inputs != below.units:
             raise ValueError(f"{layer} takes {layer.inputs} inputs, but the layer below it, {type(below).__name__}, has {below.units} units")
     for layer in layers:
-        if not isinstance(layer, FFLinear):
+        if not isinstance(layer, FFLinear) and _flat not in layer._forward_hooks.values():  # a layer may be in several networks
             layer.register_forward_pre_hook(_written_out)
             layer.register_forward_hook(_flat)
     return layers

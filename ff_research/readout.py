@@ -8,6 +8,7 @@ __all__ = ['label_goodness', 'per_label_goodness', 'features', 'Probe', 'fit_pro
 
 # %% ../nbs/06_readout.ipynb #5a966292
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,25 @@ def _check_samples(x, y):
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"{len(x)} images and {len(y)} labels: expected as many labels as images, and at least one")
 
+def _held(images):
+    "How many training images a fit leaves out, to choose its strength. Raises ValueError where these or the others are none."
+    held, count = validation_size(images), len(images.y_train)
+    if not 0 < held < count:
+        raise ValueError(f"{images.name!r}: {held} of its {count} training images would be held out to choose the probe's strength; there must be some, and others left")
+    return held
+
 def _split(images, split):
     "Images and labels of the training or of the test part."
     _one_of(split, ("train", "test"), "split")
     x, y = getattr(images, f"x_{split}"), getattr(images, f"y_{split}")
     _check_samples(x, y)
     return x, y
+
+def _best(scores, what):
+    "The class with the highest score, `[images, classes]` to `[images]`. Raises ValueError for NaN and infinity, which no class can win with."
+    if not (scores < math.inf).all():
+        raise ValueError(f"{what} is NaN or infinite: the network has diverged, or holds weights that are not finite")
+    return scores.argmax(1)
 
 # %% ../nbs/06_readout.ipynb #688a877a
 @torch.no_grad()
@@ -53,7 +67,7 @@ def label_goodness(network, x, num_classes, *, first=2, goodness=sum_of_squares,
     candidates = torch.arange(num_classes, device=where)[:, None]
     for part in x.split(batch_size):
         h = twin.prepare(labelled(part.to(where), candidates.expand(-1, len(part)), num_classes))
-        total = torch.zeros(num_classes * len(part), device=where)
+        total = torch.zeros(num_classes * len(part), dtype=torch.float32, device=where)
         for depth, layer in enumerate(twin.layers, start=1):
             h = layer(h)
             if depth >= first:
@@ -71,7 +85,7 @@ def per_label_goodness(network, images, *, split="test", **options):
     """
     x, y = _split(images, split)
     options.setdefault("first", min(2, len(network.layers)))
-    guess = label_goodness(network, x, images.num_classes, **options).argmax(1)
+    guess = _best(label_goodness(network, x, images.num_classes, **options), "the goodness")
     return 100 * (guess != y.to(guess.device)).float().mean().item()
 
 # %% ../nbs/06_readout.ipynb #2c737f57
@@ -100,7 +114,7 @@ class Probe:
     l2: float
 
     def logits(self, f):
-        return torch.addmm(self.bias, (f - self.mean) * self.scale, self.weight)
+        return torch.addmm(self.bias, (f.to(self.mean.dtype) - self.mean) * self.scale, self.weight)
 
     def error(self, f, y):
         "Error in %."
@@ -116,23 +130,25 @@ def _preconditioner(z, damping=1e-2):
         if not failed:
             return factor
         damping *= 2
-    return torch.eye(len(covariance), device=z.device)
+    return torch.eye(len(covariance), dtype=z.dtype, device=z.device)
 
+@torch.inference_mode(False)
 def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=40):
     """Fit a `Probe` by L-BFGS: cross-entropy plus l2/2 times the squared weights; all strengths `l2` in the same passes over the features.
 
-    f: features `[samples, features]`; y: labels `[samples]`; validation: (features, labels) that choose among several `l2`.
+    f: features `[samples, features]`, worked on in float64 if that is what they are, else in float32; y: labels `[samples]`; validation: (features, labels) that choose among several `l2`.
     Raises ValueError for features that are not finite, or features and labels of different number.
     """
     _check_samples(f, y)
     if not torch.isfinite(f).all():
         raise ValueError("the features hold NaN or infinite values")
+    f, y = f.detach().to(torch.promote_types(f.dtype, torch.float32)), y.to(torch.long, copy=True)
     std, mean = torch.std_mean(f, dim=0, correction=0)
-    scale = torch.where(std > 1e-6, 1 / std.clamp_min(1e-6), 0.0)
+    scale = torch.where(std > 1e-6 * torch.linalg.vector_norm(f, ord=math.inf, dim=0), 1 / std, 0.0)  # what varies by its rounding only is constant
     z, strengths = (f - mean) * scale, sorted(l2, reverse=True)
     factor, k, target = _preconditioner(z), len(strengths), y[:, None].expand(-1, len(strengths))
-    round_weight = torch.zeros(f.shape[1], k * num_classes, device=f.device, requires_grad=True)
-    bias, each = torch.zeros(k * num_classes, device=f.device, requires_grad=True), torch.tensor(strengths, device=f.device)
+    round_weight, bias = (torch.zeros(*shape, k * num_classes, dtype=f.dtype, device=f.device, requires_grad=True) for shape in ((f.shape[1],), ()))
+    each = torch.tensor(strengths, dtype=f.dtype, device=f.device)
     solver = torch.optim.LBFGS([round_weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
     def weights():
@@ -163,7 +179,7 @@ def softmax_head(network, images, *, first=2, precision="auto", device="auto"):
     f = features(network, images.x_train, images.num_classes, precision=precision, device=device)[first - 1:]
     if first < 1 or not f:
         raise ValueError(f"first={first}: the network has the layers 1…{len(network.layers)}")
-    f, y, held = torch.cat(f, dim=1), images.y_train.to(f[0].device), validation_size(images)
+    f, y, held = torch.cat(f, dim=1), images.y_train.to(f[0].device), _held(images)
     return fit_probe(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
 
 # %% ../nbs/06_readout.ipynb #0d6610d1
@@ -173,7 +189,7 @@ def probe_errors(train, test, images):
     train, test: lists of features of the training and test images `[images, units]`. Gives {"test": {name: error}, "validation": …};
     names are "layer_1", "layer_2", … and "layers_2_to_L". The probe is fitted without the last `validation_size(images)` training images.
     """
-    held, out = validation_size(images), {"test": {}, "validation": {}}
+    held, out = _held(images), {"test": {}, "validation": {}}
     y, y_test = images.y_train.to(train[0].device), images.y_test.to(train[0].device)
     matrices = {f"layer_{i}": (a, b) for i, (a, b) in enumerate(zip(train, test), start=1)}
     if len(train) > 2:
@@ -205,5 +221,5 @@ def head_error(network, images, *, split="test", precision="auto", device="auto"
     twin, wrong = _twin(network, precision, device), 0
     where = next(twin.parameters()).device
     for part, labels in zip(x.split(batch_size), y.split(batch_size)):
-        wrong += (twin.head(twin(part.to(where))).argmax(1) != labels.to(where)).sum()
+        wrong += (_best(twin.head(twin(part.to(where))), "the head's output") != labels.to(where)).sum()
     return 100 * wrong.item() / len(y)

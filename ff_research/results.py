@@ -11,6 +11,8 @@ import csv
 import io
 import json
 import os
+import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,20 +32,22 @@ def results_folder(folder=None):
 def read_rows(path):
     """The rows of a .jsonl file, one dictionary a line; an absent file has none.
 
-    Raises `DamagedRow` for a line that is no JSON object: nothing is dropped silently.
+    Raises `DamagedRow` for a line that is no JSON object: nothing is dropped silently. Raises OSError for what is no file, a folder or a pipe.
     """
-    path, rows = Path(path), []
+    path, shown, rows = Path(path), repr(str(path))[1:-1], []
     if not path.exists():
         return rows
+    if not path.is_file():
+        raise OSError(f"{shown}: expected a file of rows")
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DamagedRow(f"{path}, line {number}: damaged ({error}); mend or delete that line, the others are whole") from error
+            raise DamagedRow(f"{shown}, line {number}: damaged ({error}); mend or delete that line, the others are whole") from error
         if not isinstance(row, dict):
-            raise DamagedRow(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            raise DamagedRow(f"{shown}, line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows
 
@@ -81,23 +85,48 @@ def same_run(a, b):
     "Whether two rows tell of the same run: recipe, configuration and seed."
     return all(a.get(key) == b.get(key) for key in ("recipe", "config", "seed"))
 
+def _run(row, source="rows"):
+    "Recipe and seed of a row. Raises `DamagedRow`, which names the source, for one that does not tell them."
+    recipe, seed = row.get("recipe"), row.get("seed")
+    if not isinstance(recipe, str) or type(seed) is not int:
+        raise DamagedRow(f"{source}: a row has no name of a recipe, or no whole number as its seed")
+    return recipe, seed
+
 def latest(rows):
-    "One row for each recipe and seed, the one written last; rows of a configuration that the recipe has no more (its last row has another) are left out."
+    """One row for each recipe and seed, the one written last; rows of a configuration that the recipe has no more (its last row has another) are left out.
+
+    Raises `DamagedRow` for a row that lacks recipe or seed.
+    """
     rows = list(rows)
-    now = {row["recipe"]: row.get("config") for row in rows}
-    return list({(row["recipe"], row["seed"]): row for row in rows if row.get("config") == now[row["recipe"]]}.values())
+    now = {_run(row)[0]: row.get("config") for row in rows}
+    return list({_run(row): row for row in rows if row.get("config") == now[row["recipe"]]}.values())
+
 
 # %% ../nbs/91_results.ipynb #e0cccff1
+def _file(folder, recipe):
+    "The file of a recipe's rows. Raises ValueError for a name that could lead out of the folder."
+    if not isinstance(recipe, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", recipe):
+        raise ValueError(f"{str(recipe)[:40]!r} is no name of a recipe: expected letters, digits, '.', '_' and '-'")
+    return Path(folder) / f"{recipe}.jsonl"
+
+def _runs(path):
+    "The rows of a file, each of which tells recipe and seed. Raises `DamagedRow`."
+    rows = read_rows(path)
+    for row in rows:
+        _run(row, repr(str(path))[1:-1])
+    return rows
+
 def published(recipe=None):
     "The rows that come with the package: of one recipe, or all."
     folder = Path(str(files("ff_research"))) / "published"
-    paths = sorted(folder.glob("*.jsonl")) if recipe is None else [folder / f"{recipe}.jsonl"]
-    return latest(row for path in paths for row in read_rows(path))
+    paths = sorted(folder.glob("*.jsonl")) if recipe is None else [_file(folder, recipe)]
+    return latest(row for path in paths for row in _runs(path))
 
 def publish(recipe, source=None, target=None):
-    "Copy a recipe's rows from the results folder into the package's `published`; gives how many were new."
-    target = Path(target or Path(str(files("ff_research"))) / "published") / f"{recipe}.jsonl"
-    return sum(append_row(target, row, same=same_run) for row in latest(read_rows(results_folder(source) / f"{recipe}.jsonl")))
+    "Copy a recipe's rows from the results folder into the package's `published`; gives how many were new. Raises ValueError for what is no name."
+    target = _file(target or Path(str(files("ff_research"))) / "published", recipe)
+    return sum(append_row(target, row, same=same_run) for row in latest(_runs(_file(results_folder(source), recipe))))
+
 
 # %% ../nbs/91_results.ipynb #1c1e8ee8
 def value(row, key):
@@ -107,14 +136,20 @@ def value(row, key):
     return row
 
 def column(rows, key):
-    "The numbers under a dotted key, by seed: {seed: number}; rows without it are left out. Raises ValueError for two rows with one seed."
+    """The numbers under a dotted key, by seed: {seed: number}; rows without it are left out.
+
+    Raises ValueError for two rows with one seed, and for what is no number, or none that a float can hold.
+    """
     out = {}
     for row in rows:
         if (v := value(row, key)) is not None:
             if row["seed"] in out:
                 raise ValueError(f"two rows have seed {row['seed']}: choose the rows of one recipe, and `latest` of them")
+            if type(v) not in (int, float) or abs(v) > sys.float_info.max:
+                raise ValueError(f"{key} is {'too large' if type(v) in (int, float) else type(v).__name__} in the row of seed {row['seed']}: expected a number")
             out[row["seed"]] = v
     return out
+
 
 # %% ../nbs/91_results.ipynb #1c081bcc
 def summary(rows, key):
@@ -161,13 +196,13 @@ def as_table(rows, columns, format="md"):
 
     columns: {key: heading}. Raises ValueError for another format, ImportError where great_tables is missing.
     """
-    cells = [[str(row.get(key, "")) for key in columns] for row in rows]
+    cells = [[str(row.get(key, "")).encode(errors="backslashreplace").decode() for key in columns] for row in rows]  # half characters cannot be printed
     if format == "csv":
         out = io.StringIO(newline="")
         csv.writer(out, lineterminator="\n").writerows([list(columns.values()), *cells])
         return out.getvalue()
     if format == "md":
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (list(columns.values()), *cells)]
+        lines = [[re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", cell).replace("|", "\\|") for cell in line] for line in (list(columns.values()), *cells)]
         widths = [max(3, *map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * width for width in widths])
         return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines) + "\n"

@@ -13,7 +13,7 @@ import torch
 
 from .layers import Network, prepare
 from .strategies import STRATEGIES
-from .training import PRECISIONS, Workspace, _Learner
+from .training import PRECISIONS, Workspace, _in_passing, _Learner
 
 # %% ../nbs/21_speed.ipynb #f6ee81a3
 def _one_step(widths, batch_size, dtype, num_classes):
@@ -27,8 +27,8 @@ def _one_step(widths, batch_size, dtype, num_classes):
     def step():
         batch = torch.randint(0, len(x), (batch_size,), generator=generator)
         h = prepare(strategy.streams(x[batch], y[batch], network, generator), widths[0], dtype)
-        for learner in learners:
-            h, _, _ = learner.learn(h, y[batch], batch_size)
+        for _ in _in_passing(learners, h, y[batch], 1.0, strategy, generator):
+            pass
     return step
 
 # %% ../nbs/21_speed.ipynb #8c8d1d32

@@ -181,7 +181,7 @@ class HardMiningStrategy(Strategy):
         "A new head: all classes alike."
         device = next(network.parameters()).device
         units = sum(layer.units for layer in network.layers[1:] or network.layers)
-        self.weight, self.bias = torch.zeros(units, self.num_classes, device=device), torch.zeros(self.num_classes, device=device)
+        self.weight, self.bias = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((units, self.num_classes), self.num_classes))
 
     def tensors(self):
         return {} if self.weight is None else {"weight": self.weight, "bias": self.bias}
@@ -211,7 +211,8 @@ class HardMiningStrategy(Strategy):
             self.begin(network)
         p = torch.addmm(self.bias, f, self.weight).softmax(1)
         right = F.one_hot(y.long(), self.num_classes)
-        wrong = torch.multinomial((p + 1e-8) * (1 - right), 1, generator=generator).squeeze(1)
+        # a network that diverges believes NaN: all wrong labels are alike then, and `train` stops at the end of the epoch
+        wrong = torch.multinomial((p.nan_to_num() + 1e-8) * (1 - right), 1, generator=generator).squeeze(1)
         error, rate = (p - right) / len(y), self.lr / f.shape[1]
         self.weight.sub_(f.T @ error, alpha=rate)
         self.bias.sub_(error.sum(0), alpha=rate)
@@ -235,7 +236,8 @@ def partners(batch, device="cpu", generator=None):
 @functools.cache
 def blur_matrix(size, blurs, device="cpu"):
     "The filter [1/4, 1/2, 1/4], applied `blurs` times along an axis of `size` pixels, as one matrix `[size, size]`, kept and not to be changed; at the border the last pixel is repeated."
-    step = torch.eye(size) / 2 + (torch.diag(torch.ones(size - 1), 1) + torch.diag(torch.ones(size - 1), -1)) / 4
+    beside = torch.ones(size - 1, dtype=torch.float32)
+    step = torch.eye(size, dtype=torch.float32) / 2 + (torch.diag(beside, 1) + torch.diag(beside, -1)) / 4
     step[0, 0] += 0.25
     step[-1, -1] += 0.25
     return torch.linalg.matrix_power(step, blurs).to(device)
@@ -251,6 +253,12 @@ def blurred_masks(batch, height, width, blurs=None, device="cpu", generator=None
     blurred = blur_matrix(height, blurs, bits.device) @ bits @ blur_matrix(width, blurs, bits.device)
     return blurred + 1e-5 * (bits - 0.5) > 0.5  # a tie goes to the pixel's own bit
 
+def _masks(x, blurs, generator):
+    "`blurred_masks` for images `[batch, channels, height, width]`. Raises ValueError for another shape."
+    if x.ndim != 4:
+        raise ValueError(f"images {list(x.shape)} have no regions to mask; expected [batch, channels, height, width]")
+    return blurred_masks(len(x), *x.shape[-2:], blurs, x.device, generator)
+
 # %% ../nbs/08_strategies.ipynb #ffa8eacf
 @register
 class ImageMixingStrategy(PlainPositives):
@@ -263,7 +271,7 @@ class ImageMixingStrategy(PlainPositives):
 
     def generate(self, x, y, network=None, generator=None):
         one = as_float(x)
-        return unlike(one, lambda: torch.where(blurred_masks(len(x), *x.shape[-2:], self.blurs, x.device, generator), one, one[partners(len(x), x.device, generator)]))
+        return unlike(one, lambda: torch.where(_masks(x, self.blurs, generator), one, one[partners(len(x), x.device, generator)]))
 
 # %% ../nbs/08_strategies.ipynb #520f3579
 @register
@@ -278,7 +286,7 @@ class MaskingStrategy(PlainPositives):
     def generate(self, x, y, network=None, generator=None):
         check_two(len(x))
         one = as_float(x)
-        return unlike(one, lambda: torch.where(blurred_masks(len(x), *x.shape[-2:], self.blurs, x.device, generator), one, one.mean(0)))
+        return unlike(one, lambda: torch.where(_masks(x, self.blurs, generator), one, one.mean(0)))
 
 # %% ../nbs/08_strategies.ipynb #7c513f2f
 @register
@@ -290,7 +298,7 @@ class RandomNoiseStrategy(PlainPositives):
         check_two(len(x))
         one = as_float(x)
         std, mean = torch.std_mean(one, dim=0)
-        return unlike(one, lambda: (mean + std * torch.empty_like(one).normal_(generator=generator)).clamp_(0, 1))
+        return unlike(one, lambda: (mean + std * torch.randn(one.shape, dtype=one.dtype, device=one.device, generator=generator)).clamp_(0, 1))
 
 # %% ../nbs/08_strategies.ipynb #111f3f95
 @register
@@ -332,7 +340,7 @@ class AdversarialStrategy(PlainPositives):
     def direction(self, x, network, generator=None):
         "The sign of the gradient of layer 1's goodness, for float images `[batch, …]`; +1 where it is zero."
         if network is None:
-            return torch.randint(0, 2, x.shape, device=x.device, generator=generator) * 2.0 - 1
+            return torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1
         with torch.enable_grad():
             x = x.detach().clone().requires_grad_()
             h = network.layers[0](network.prepare(x))
@@ -448,10 +456,10 @@ class ProjectionObjective(nn.Module):
 
     def scores(self, h):
         "Class scores `[batch, classes]` of an activity `[batch, units]`."
-        return F.linear(h.float(), self.projection)
+        return F.linear(h.to(self.projection.dtype), self.projection)
 
     def forward(self, h, y=None, gamma=0.0, squares=None):
-        scores = self.scores(h)
+        scores, y = self.scores(h), y.long()
         return F.cross_entropy(scores, y), scores.gather(1, y[:, None]).squeeze(1).detach()
 
 # %% ../nbs/08_strategies.ipynb #16e93eca

@@ -10,6 +10,7 @@ __all__ = ['PRECISIONS', 'LR_SCHEDULES', 'BLOCK', 'OPTIMIZERS', 'COLLABORATIONS'
 # %% ../nbs/05_training.ipynb #edffcff5
 import contextlib
 import copy
+import glob
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
@@ -70,10 +72,7 @@ LR_SCHEDULES = {"cool_down": cool_down, "constant": constant}
 BLOCK = 1 << 17  # weights at a time: float32 copies of so many stay in a core's own cache
 
 def _descend(weight, momentum, copy_, lr, shrink):
-    "weight <- shrink * weight - lr * momentum, and its copy; flat tensors, block by block so that each is read from memory once."
-    if copy_ is weight or copy_.data_ptr() == weight.data_ptr():
-        weight.mul_(shrink).add_(momentum, alpha=-lr)
-        return
+    "weight <- shrink * weight - lr * momentum, and its copy of low precision; flat tensors, block by block so that each is read from memory once."
     wide = torch.empty(min(BLOCK, len(weight)), dtype=weight.dtype, device=weight.device)
     for w, m, c in zip(weight.split(BLOCK), momentum.split(BLOCK), copy_.split(BLOCK)):
         w.mul_(shrink).add_(wide[:len(w)].copy_(m), alpha=-lr)
@@ -101,6 +100,12 @@ class _SGD:
     def __init__(self, master, copies, weight_decay):
         self.master, self.copies, self.weight_decay = master, copies, weight_decay
         self.momentum = [torch.zeros_like(p) for p in copies]
+        # float32 products have no copies to refresh: plain descent along the momentum, fused into one pass over memory
+        alone = [i for i, (w, c) in enumerate(zip(master, copies)) if c.data_ptr() == w.data_ptr()]
+        self.copied = [i for i in range(len(master)) if i not in alone]
+        self.fused = torch.optim.SGD([master[i] for i in alone], lr=0.0, weight_decay=weight_decay / (1 - self.KEEP), fused=True) if alone else None
+        for i in alone:
+            master[i].grad = self.momentum[i]
 
     def accumulate(self, i, grad):
         "Add the gradient of parameter i to its momentum."
@@ -112,8 +117,11 @@ class _SGD:
 
     def step(self, lr):
         "weight <- shrink * weight - lr * momentum, and the copies."
+        if self.fused is not None:
+            self.fused.param_groups[0]["lr"] = lr
+            self.fused.step()
         shrink = 1 - lr * self.weight_decay / (1 - self.KEEP)
-        for w, m, c in zip(self.master, self.momentum, self.copies):
+        for w, m, c in ((self.master[i], self.momentum[i], self.copies[i]) for i in self.copied):
             _descend(w.view(-1), m.view(-1), c.view(-1), lr, shrink)
 
     def state(self):
@@ -184,11 +192,15 @@ class _Learner:
         return h, _squares(h)
 
     @torch.no_grad()
-    def learn(self, x, y, positives, factor=1.0, gamma=0.0):
-        "One update from inputs `[streams x batch, …]`; gives the normalised activity, the loss and the goodness."
+    def learn(self, x, y, positives, factor=1.0, gamma=0.0, last=False):
+        "One update from inputs `[streams x batch, …]`; gives the normalised activity (None if `last`), the loss and the goodness."
         h, squares = self.activity(x)
         loss, g = self.learn_from(x, h, squares, y, positives, factor, gamma)
-        return normalise(h, squares), loss, g
+        return None if last else self.hand_on(h, squares), loss, g
+
+    def hand_on(self, h, squares, slot="x"):
+        "The normalised activity, in a buffer that the next layer's own output will take over."
+        return normalise(h, squares, out=self.workspace.get(slot, h.shape, h.dtype, h.device))
 
     def goodness(self, h, squares, y):
         "Goodness `[streams x batch]` of an activity and its rows' sums of squares, as the layer's own objective reads it."
@@ -268,7 +280,7 @@ class _ModuleLearner(_Learner):
 
 # %% ../nbs/05_training.ipynb #a03fb7c5
 class Diverged(RuntimeError):
-    "Training met a loss that is not a number; says at which epoch and in which layer."
+    "Training cannot go on: a loss or a weight that is not a number, or a layer that fell silent; says in which epoch and layer."
 
 @dataclass
 class History:
@@ -305,6 +317,16 @@ class _Meter:
                 raise Diverged(f"training diverged in epoch {epoch + 1}, layer {first + layer + 1}: the mean loss is {value}; try a smaller lr")
         return dict(loss=loss, separation=separation, g_pos=g_pos, g_neg=g_neg, seconds=seconds)
 
+# %% ../nbs/05_training.ipynb #8056e03d
+def _examine(learners, seen, epoch, first=0):
+    "An epoch's means again; raises `Diverged` for a layer whose weights are not finite, or that was silent for the whole epoch."
+    for i, (learner, g_pos, g_neg) in enumerate(zip(learners, seen["g_pos"], seen["g_neg"]), start=first + 1):
+        if not all(torch.isfinite(w).all() for w in learner.master):
+            raise Diverged(f"training diverged in epoch {epoch + 1}, layer {i}: its weights are not finite; try a smaller lr")
+        if g_pos == 0 and (g_neg == 0 or math.isnan(g_neg)):
+            raise Diverged(f"layer {i} is silent: its activity was 0 for every image of epoch {epoch + 1}, and so is its gradient; are the images blank, or is lr too large?")
+    return seen
+
 # %% ../nbs/05_training.ipynb #36ea867c
 def save_checkpoint(path, tensors, epoch, settings, history, generator):
     "Write a run's state as safetensors, whole or not at all. Raises OSError, with the old checkpoint untouched, if it cannot."
@@ -325,57 +347,109 @@ def save_checkpoint(path, tensors, epoch, settings, history, generator):
         raise OSError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
 
 # %% ../nbs/05_training.ipynb #343e7bed
+def _shown(text, most=1000):
+    "Foreign text as it may stand in a message: on one line, without control characters, and not endless."
+    text = repr(text)[1:-1] if isinstance(text, str) else repr(text)
+    return text if len(text) <= most else f"{text[:most]} …"
+
 def _difference(key, there, here):
     "Two unlike settings in words; of long texts, a network's say, the first lines that differ."
     if isinstance(there, str) and isinstance(here, str):
-        there, here = next(pair for pair in zip_longest(there.splitlines(), here.splitlines()) if pair[0] != pair[1])
-    there, here = (value.strip() if isinstance(value, str) else value for value in (there, here))
-    return f"{key} is {there!r} there, {here!r} here"
+        lines = zip_longest(there.splitlines(), here.splitlines())
+        there, here = next((pair for pair in lines if pair[0] != pair[1]), (there, here))
+    there, here = (repr(value.strip() if isinstance(value, str) else value) for value in (there, here))
+    return f"{_shown(key, 60)} is {there[:200]} there, {here[:200]} here"
+
+def _is_history(epochs, count):
+    "Whether this is what training writes after so many epochs: for each its seconds, and a list of floats over the layers under each key."
+    def floats(v):
+        return isinstance(v, list) and all(type(x) is float for x in v)
+    return isinstance(epochs, list) and len(epochs) == count and all(
+        isinstance(epoch, dict) and type(epoch.get("seconds")) is float and all(floats(epoch.get(key)) for key in ("loss", "separation", "g_pos", "g_neg"))
+        for epoch in epochs)
 
 def read_checkpoint(path, settings):
     """Epoch, tensors and history from a checkpoint of a run with the same settings.
 
     Raises ValueError for a damaged file, or one that another run wrote (and says what differs).
     """
+    where = _shown(str(path))
     try:
+        if not Path(path).is_file():
+            raise ValueError("no regular file")
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
         epoch, theirs, epochs = int(header["epoch"]), json.loads(header["settings"]), json.loads(header["history"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or no checkpoint of ff_research ({error}); move it away to start afresh") from error
-    if differing := [_difference(key, theirs.get(key), settings.get(key)) for key in {**settings, **theirs} if theirs.get(key) != settings.get(key)]:
-        raise ValueError(f"{path} belongs to another run: {'; '.join(differing)}")
+        differing = [_difference(key, theirs.get(key), settings.get(key)) for key in {**settings, **theirs} if theirs.get(key) != settings.get(key)]
+    except Exception as error:  # safetensors, torch and json have a dozen ways to stumble over a damaged file
+        raise ValueError(f"{where}: damaged, or no checkpoint of ff_research ({_shown(str(error), 200)}); move it away to start afresh") from error
+    if differing:
+        raise ValueError(f"{where} belongs to another run: {'; '.join(differing[:5])}{'; and more' if differing[5:] else ''}")
+    turns = len({name.split(".")[1] for name in tensors if name.startswith("layer.")}) if settings.get("schedule") == "greedy" else 1
+    if "method" in settings and not (0 <= epoch <= settings["epochs"] * turns and _is_history(epochs, epoch)):
+        raise ValueError(f"{where}: damaged, its history is not that of the {_shown(epoch, 60)} epochs it claims; move it away to start afresh")
     return epoch, tensors, History(epochs)
 
 def _restore(live, stored, generator, path):
-    "Copy stored tensors into the live ones of the same names."
-    missing = live.keys() ^ (stored.keys() - {"generator"})
-    unlike = [name for name in live.keys() & stored.keys() if live[name].shape != stored[name].shape]
-    if missing or unlike:
-        raise ValueError(f"{path} belongs to another network: {', '.join(sorted(missing) + unlike)} do not match")
+    "Copy stored tensors into the live ones of the same names, all of them or none. Raises ValueError where they do not fit."
+    where, wanted = _shown(str(path)), live | {"generator": generator.get_state()}
+    wrong = sorted(wanted.keys() ^ stored.keys()) + [name for name in wanted.keys() & stored.keys()
+                                                     if (wanted[name].shape, wanted[name].dtype) != (stored[name].shape, stored[name].dtype)]
+    if wrong:
+        raise ValueError(f"{where} belongs to another network: {_shown(', '.join(wrong), 200)} do not match")
+    if broken := [name for name in live if not torch.isfinite(stored[name]).all()]:
+        raise ValueError(f"{where}: {broken[0]} holds NaN or infinite numbers: the run diverged, or the file is damaged; move it away to start afresh")
+    try:
+        generator.set_state(stored["generator"])
+    except RuntimeError as error:
+        raise ValueError(f"{where}: damaged, the state of its random generator is none; move it away to start afresh") from error
     for name, tensor in live.items():
         tensor.copy_(stored[name])
-    generator.set_state(stored["generator"])
+
 
 # %% ../nbs/05_training.ipynb #d49246ee
+@contextlib.contextmanager
+def _claimed(path):
+    "Hold the checkpoint of a run; what a killed one left half-written is cleared away. Raises ValueError if another run holds it, OSError if it cannot be written."
+    if path is None:
+        yield
+        return
+    path = Path(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{path} belongs to a run that is under way; wait for it, or give this one a checkpoint of its own") from None
+    except OSError as error:
+        raise OSError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+    try:
+        for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
 @torch.no_grad()
 def _loop(epochs, one_epoch, live, refresh, generator, settings, checkpoint, progress):
     "Run the epochs that a checkpoint does not hold yet, and write it after each."
     history, start = History(), 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        start, stored, history = read_checkpoint(checkpoint, settings)
-        _restore(live, stored, generator, checkpoint)
-        refresh()
-    elif checkpoint is not None:
-        save_checkpoint(checkpoint, live, 0, settings, history, generator)
-    with tqdm(total=epochs, initial=start, unit="epoch", disable=not progress or "IN_TEST" in os.environ) as bar:
-        for epoch in range(start, epochs):
-            history.epochs.append(one_epoch(epoch))
-            if checkpoint is not None:
-                save_checkpoint(checkpoint, live, epoch + 1, settings, history, generator)
-            bar.set_postfix_str("separation " + " ".join(f"{s:.2f}" for s in history.epochs[-1]["separation"]))
-            bar.update()
+    with _claimed(checkpoint):
+        if checkpoint is not None and Path(checkpoint).exists():
+            start, stored, history = read_checkpoint(checkpoint, settings)
+            _restore(live, stored, generator, checkpoint)
+            refresh()
+        elif checkpoint is not None:
+            save_checkpoint(checkpoint, live, 0, settings, history, generator)
+        with tqdm(total=epochs, initial=start, unit="epoch", disable=not progress or "IN_TEST" in os.environ) as bar:
+            for epoch in range(start, epochs):
+                history.epochs.append(one_epoch(epoch))
+                if checkpoint is not None:
+                    save_checkpoint(checkpoint, live, epoch + 1, settings, history, generator)
+                bar.set_postfix_str("separation " + " ".join(f"{s:.2f}" for s in history.epochs[-1]["separation"]))
+                bar.update()
     return history
 
 # %% ../nbs/05_training.ipynb #895fd94c
@@ -410,11 +484,12 @@ def _in_passing(learners, h, y, factor, strategy, generator, collaboration=None)
     "One batch through the layers; each learns, hears at most those below it, and hands on. Yields their losses and goodness."
     gamma = 0.0
     for i, learner in enumerate(learners):
-        h, loss, g = learner.learn(h, y, len(y), factor, gamma)
+        last = i + 1 == len(learners)
+        h, loss, g = learner.learn(h, y, len(y), factor, gamma, last)
         if collaboration == "previous":
             gamma = gamma + g
         yield loss, g
-        if i + 1 < len(learners):
+        if not last:
             h = strategy.between(h, y, i + 1, generator)
 
 def _after_hearing_all(learners, h, y, factor):
@@ -422,7 +497,7 @@ def _after_hearing_all(learners, h, y, factor):
     kept = []
     for i, learner in enumerate(learners):
         kept.append((h, *learner.activity(h, slot=f"h{i}")))
-        h = normalise(*kept[-1][1:]) if i + 1 < len(learners) else None
+        h = learner.hand_on(*kept[-1][1:], slot=f"x{i}") if i + 1 < len(learners) else None
     heard = gammas(torch.stack([learner.goodness(h, squares, y) for learner, (_, h, squares) in zip(learners, kept)]), "all")
     for learner, (x, h, squares), gamma in zip(learners, kept, heard):
         yield learner.learn_from(x, h, squares, y, len(y), factor, gamma)
@@ -444,7 +519,7 @@ def _together(network, learners, images, strategy, batch_size, generator, dtype,
             for i, (loss, g) in enumerate(learned):
                 meter.add(i, loss, g, len(y))
             meter.steps += 1
-        return meter.read(epoch, time.perf_counter() - start)
+        return _examine(learners, meter.read(epoch, time.perf_counter() - start), epoch)
     return one_epoch
 
 # %% ../nbs/05_training.ipynb #ebba3fdc
@@ -501,10 +576,10 @@ def _greedy(network, learners, images, strategy, batch_size, generator, dtype, f
                 gamma = gamma + _climb(above, normalise(activity, squares), y)[1]
                 loss, g = learner.learn_from(h, activity, squares, y, len(y), rate, gamma)
             else:
-                _, loss, g = learner.learn(h, y, len(y), rate, gamma)
+                _, loss, g = learner.learn(h, y, len(y), rate, gamma, last=True)
             meter.add(0, loss, g, len(y))
             meter.steps += 1
-        return meter.read(epoch, time.perf_counter() - start, first=depth)
+        return _examine([learner], meter.read(epoch, time.perf_counter() - start, first=depth), epoch, first=depth)
     return one_epoch
 
 # %% ../nbs/05_training.ipynb #1aaa4570
@@ -659,8 +734,8 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
             sums += torch.stack([loss, (logits.argmax(1) == y).float().mean()])
             steps += 1
         loss, accuracy = (sums / max(steps, 1)).tolist()
-        if not math.isfinite(loss):
-            raise Diverged(f"backpropagation diverged in epoch {epoch + 1}: the mean loss is {loss}; try a smaller lr")
+        if not (math.isfinite(loss) and all(torch.isfinite(w).all() for w in learner.master)):
+            raise Diverged(f"backpropagation diverged in epoch {epoch + 1}: the mean loss is {loss}, or a weight is not finite; try a smaller lr")
         return dict(loss=[loss], separation=[accuracy], g_pos=[], g_neg=[], seconds=time.perf_counter() - start)
 
     settings = dict(method="backprop", network=repr(network), data=_identity(images), epochs=epochs, seed=seed, lr=lr, lr_schedule=lr_schedule,

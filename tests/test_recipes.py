@@ -75,7 +75,7 @@ def test_a_run_is_pure_and_leaves_no_trace(method):
 
 
 def test_read_outs_of_each_method():
-    errors = {method: run(replace(TINY, method=method, epochs=method in ("ff", "backprop")), 0, **QUIET)["errors"] for method in ("ff", "backprop", "random", "pixels")}
+    errors = {method: run(replace(TINY, method=method, epochs=int(method in ("ff", "backprop"))), 0, **QUIET)["errors"] for method in ("ff", "backprop", "random", "pixels")}
     for part in ("validation", "test"):
         assert {method: sorted(e[part]) for method, e in errors.items()} == dict(ff=["per_label", "probe"], backprop=["head", "probe"], random=["probe"], pixels=["probe"])
     assert errors["pixels"]["test"]["probe"].keys() == {"pixels"} and errors["ff"]["test"]["probe"].keys() == {"layer_1", "layer_2"}
@@ -83,7 +83,7 @@ def test_read_outs_of_each_method():
 
 @pytest.mark.parametrize("method", ["ff", "backprop", "random", "pixels"])
 def test_tuning_cannot_read_the_test_images(method, monkeypatch):
-    r = replace(TINY, method=method, epochs=method in ("ff", "backprop"))
+    r = replace(TINY, method=method, epochs=int(method in ("ff", "backprop")))
     expected = run(r, 0, **QUIET)["errors"]["validation"]
     unread = SimpleNamespace()
     monkeypatch.setattr(recipes, "load", lambda *a, load=recipes.load, **k: replace(load(*a, **k), x_test=unread, y_test=range(360)))

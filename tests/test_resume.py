@@ -204,7 +204,7 @@ def test_shapes_that_do_not_match(path, digits):
     tensors["layer.1.weights.0"] = torch.zeros(3, 3)
     generator = torch.Generator()
     generator.set_state(tensors.pop("generator"))
-    save_checkpoint(path, tensors, 1, settings, History(), generator)
+    save_checkpoint(path, tensors, 0, settings, History(), generator)
     assert "belongs to another network: layer.1.weights.0" in refused(path, digits)
 
 
