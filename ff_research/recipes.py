@@ -333,9 +333,10 @@ def _in_processes(jobs, workers, options):
             for done in as_completed(waiting):
                 yield *waiting[done], done.result()
         except BaseException as error:
+            processes = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
             if not isinstance(error, Exception):  # stopped by hand or by a scheduler: runs under way have their checkpoints
-                for process in list((getattr(pool, "_processes", None) or {}).values()):
+                for process in processes:
                     process.terminate()
             raise
 

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +146,8 @@ def column(rows, key):
         if (v := value(row, key)) is not None:
             if row["seed"] in out:
                 raise ValueError(f"two rows have seed {row['seed']}: choose the rows of one recipe, and `latest` of them")
-            if type(v) not in (int, float) or abs(v) > sys.float_info.max:
-                raise ValueError(f"{key} is {'too large' if type(v) in (int, float) else type(v).__name__} in the row of seed {row['seed']}: expected a number")
+            if isinstance(v, bool) or not isinstance(v, Real) or abs(v) > sys.float_info.max:
+                raise ValueError(f"{key!r} of recipe {row.get('recipe')!r}, seed {row['seed']}, is {type(v).__name__} or too large: expected a number")
             out[row["seed"]] = v
     return out
 

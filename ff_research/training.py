@@ -88,6 +88,14 @@ def _squares(h):
         torch.linalg.vector_norm(wide[:len(part)].copy_(part), dim=-1, out=rows)
     return out.square_()
 
+# %% ../nbs/05_training.ipynb #888ba9cd
+def _forget(momenta, steps):
+    "Count a step, and after every hundred set momentum below 1e-20 to zero: left to fade, it would end in numbers that processors multiply very slowly."
+    steps += 1
+    if momenta[0].device.type == "cpu" and steps.item() % 100 == 0:
+        for m in momenta:
+            torch.ops.aten.hardshrink.out(m, 1e-20, out=m)
+
 # %% ../nbs/05_training.ipynb #bc990fc6
 class _SGD:
     """Momentum 0.9 whose sum is formed by the weight gradient's matrix product itself, in the product's precision.
@@ -106,6 +114,7 @@ class _SGD:
         self.fused = torch.optim.SGD([master[i] for i in alone], lr=0.0, weight_decay=weight_decay / (1 - self.KEEP), fused=True) if alone else None
         for i in alone:
             master[i].grad = self.momentum[i]
+        self.steps = torch.zeros((), dtype=torch.int64)
 
     def accumulate(self, i, grad):
         "Add the gradient of parameter i to its momentum."
@@ -117,6 +126,7 @@ class _SGD:
 
     def step(self, lr):
         "weight <- shrink * weight - lr * momentum, and the copies."
+        _forget(self.momentum, self.steps)
         if self.fused is not None:
             self.fused.param_groups[0]["lr"] = lr
             self.fused.step()
@@ -125,7 +135,7 @@ class _SGD:
             _descend(w.view(-1), m.view(-1), c.view(-1), lr, shrink)
 
     def state(self):
-        return {f"momentum.{i}": m for i, m in enumerate(self.momentum)}
+        return {f"momentum.{i}": m for i, m in enumerate(self.momentum)} | {"steps": self.steps}
 
 # %% ../nbs/05_training.ipynb #784e3d19
 class _AdamW:
@@ -138,6 +148,7 @@ class _AdamW:
         self.optimizer.step()
         for s in self.optimizer.state.values():
             s["step"].zero_()
+        self.steps = torch.zeros((), dtype=torch.int64)
 
     def accumulate(self, i, grad):
         self.master[i].grad.copy_(grad)
@@ -147,6 +158,7 @@ class _AdamW:
         self.master[i].grad.copy_(add_product_gradient(dz, x, total))
 
     def step(self, lr):
+        _forget([s["exp_avg"] for s in self.optimizer.state.values()], self.steps)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         for c, w in zip(self.copies, self.master):
@@ -154,7 +166,7 @@ class _AdamW:
                 c.copy_(w)
 
     def state(self):
-        return {f"adamw.{i}.{key}": value for i, s in enumerate(self.optimizer.state.values()) for key, value in s.items()}
+        return {f"adamw.{i}.{key}": value for i, s in enumerate(self.optimizer.state.values()) for key, value in s.items()} | {"steps": self.steps}
 
 OPTIMIZERS = {"sgd": _SGD, "adamw": _AdamW}
 

@@ -1,0 +1,102 @@
+"""Runs that happen in a forked child, where they may be killed, starved or lied to, and what must be true of the files they leave.
+
+The parent imports everything once and never trains, so a child costs a fork and not a start of Python. The victim is a small recipe
+on digits, run and published by the functions that the command line calls.
+"""
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+
+import torch
+
+from ff_research import cli, recipes, results
+from ff_research.data import load
+
+VICTIM = replace(recipes.RECIPES["digits"], name="victim", widths=(32, 32), epochs=4, batch_size=200)
+QUIET = dict(progress=False, device="cpu", precision="fp32")
+
+
+def prepare():
+    "Once, in the parent: everything imported, the victim registered, one thread."
+    torch.set_num_threads(1)
+    os.environ["IN_TEST"] = "1"  # no progress bars
+    recipes.RECIPES["victim"] = VICTIM
+    load("digits")
+    weight = torch.zeros(1)
+    weight.grad = torch.zeros(1)
+    torch.optim.SGD([weight], lr=0.0).step()  # an optimiser's first step imports a thousand modules
+
+
+def in_child(work, timeout=120):
+    """Run `work()` in a forked child; gives (exit code, or minus the signal that ended it, and what it printed).
+
+    A child that outlives the timeout is killed and reported as -SIGALRM.
+    """
+    with tempfile.TemporaryFile() as out:
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+                for stop in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(stop, signal.SIG_DFL if stop == signal.SIGTERM else signal.default_int_handler)
+                work()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+            except KeyboardInterrupt:
+                code = 130
+            except BaseException:  # the child must not return into the parent's tests
+                traceback.print_exc()
+                code = 1
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = wait(pid, timeout)
+        out.seek(0)
+        return code, out.read().decode(errors="replace")
+
+
+def wait(pid, timeout):
+    "The exit code of a child, or minus the signal that ended it."
+    end = time.monotonic() + timeout
+    while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return -signal.SIGALRM
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(done[1])
+
+
+def command(*words):
+    "The work of typing `ff-research …`."
+    return lambda: cli.main([str(word) for word in words])
+
+
+def run_victim(folder):
+    "Run and publish the victim, as `ff-research run` and `publish` do."
+    cli.main(["run", "victim", "--seeds", "1", "--results", str(folder / "results")])
+    results.publish("victim", folder / "results", folder / "published")
+
+
+def rows_of(folder, part="results"):
+    "The rows that are there; raises for a damaged line."
+    return results.read_rows(folder / part / "victim.jsonl")
+
+
+def essence(row):
+    "What must be the same in every run: all but times, memory and origin."
+    return json.dumps({key: row[key] for key in ("recipe", "seed", "config", "errors", "weights", "curves")}, sort_keys=True)
+
+
+def litter(folder):
+    "Files that an ended run should not have left: checkpoints, half-written ones, claims."
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.suffix not in (".jsonl", ".lock"))
