@@ -12,9 +12,9 @@ NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread: small networks gain nothing from more, and stored outputs stay the same from machine to machine.
-test coverage execute: export OMP_NUM_THREADS := 1
+test coverage faults execute: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test coverage export execute book bench clean
+.PHONY: help setup demo test coverage faults export execute book bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,13 @@ test: setup  ## run every chapter and every test (ARGS="-k data --slow" to choos
 
 coverage: setup  ## the same, with the lines of the package that nothing ran
 	@$(BIN)/python -m pytest -n $(JOBS) --cov=ff_research --cov-report=term-missing $(ARGS)
+
+RELIABILITY := ff_research/published/reliability
+faults: setup  ## kill runs, stage mishaps, feed hostile files, soak for an hour: what the chapter on reliability shows
+	@$(BIN)/python -m tests.faults.kills --count 200 --out $(RELIABILITY)/kills.jsonl
+	@$(BIN)/python -m tests.faults.mishaps --out $(RELIABILITY)/mishaps.jsonl
+	@$(BIN)/python -m tests.faults.fuzz --cases 10000 --out $(RELIABILITY)/fuzz.jsonl
+	@$(BIN)/python -m tests.faults.soak --minutes 60 --out $(RELIABILITY)/soak.jsonl
 
 export: setup  ## write ff_research/ from the notebooks
 	@$(BIN)/nbdev_export

@@ -122,7 +122,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     replace(BACKPROP, name="backprop-4x2000", widths=(2000,) * 4),
     replace(RANDOM, name="random-4x2000", widths=(2000,) * 4),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
-    replace(LOEWE, name="loewe-fashion", data="fashion_mnist", target=""),
+    replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
     replace(BACKPROP, name="backprop-fashion", data="fashion_mnist", target=""),
     replace(RANDOM, name="random-fashion", data="fashion_mnist"),
     Recipe("pixels-fashion", "fashion_mnist", method="pixels", widths=(), epochs=0),
@@ -237,8 +237,8 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
                 curves={key: [[_number(v) for v in epoch[key]] for epoch in epochs] for key in ("loss", "separation")}, **_provenance(device, precision))
 
 # %% ../nbs/90_recipes.ipynb #851a2538
-LR_SMALL, LR_LARGE = dict(lr=(0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0))
-SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04))}
+LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
+SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04, 0.08))}
 
 def settings(name):
     "The settings that a recipe's search tries, a list of dictionaries. Raises ValueError for a recipe without a search."

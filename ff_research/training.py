@@ -394,7 +394,7 @@ def read_checkpoint(path, settings):
             tensors = {name: f.get_tensor(name) for name in f.keys()}
         epoch, theirs, epochs = int(header["epoch"]), json.loads(header["settings"]), json.loads(header["history"])
         differing = [_difference(key, theirs.get(key), settings.get(key)) for key in {**settings, **theirs} if theirs.get(key) != settings.get(key)]
-    except Exception as error:  # safetensors, torch and json have a dozen ways to stumble over a damaged file
+    except (SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:  # a damaged file trips all of them
         raise ValueError(f"{where}: damaged, or no checkpoint of ff_research ({_shown(str(error), 200)}); move it away to start afresh") from error
     if differing:
         raise ValueError(f"{where} belongs to another run: {'; '.join(differing[:5])}{'; and more' if differing[5:] else ''}")

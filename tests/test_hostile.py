@@ -55,7 +55,7 @@ def raising(error):
     (lambda: np.ones(300 << 20, np.uint8).sum(), "it took 3"), (lambda: ask(1 << 40), "too much memory"), (lambda: pickle.loads(pickle.dumps(1)), "unpickled"),
     (lambda: pickle._loads(pickle.dumps(1)), "unpickled"), (write_outside, "reached out of its folder"), (lambda: os.system("true"), "reached out of its folder: os.system"),
     (lambda: os.mkdir("../up"), "reached out"), (raising(ValueError("two\nlines")), "not one clear line"), (raising(ValueError("")), "not one clear line"),
-    (raising(OSError("\x1b[31m")), "not one clear line"), (raising(ValueError("elsewhere")), "'here' is not named"), (raising(KeyError("here")), None),
+    (raising(OSError("\x1b[31m")), "not one clear line"), (raising(ValueError("another")), "'here' is not named"), (raising(KeyError("here")), None),
 ], ids=["memory", "too much memory", "pickle", "python's pickle", "write", "program", "folder", "two lines", "nothing said", "control characters", "no name", "other error"])
 def test_what_must_not_be_is_noticed(act, said, tmp_path):
     (tmp_path / "case").mkdir()

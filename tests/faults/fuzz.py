@@ -116,13 +116,15 @@ def guarded(folder):
         unpickled.append(1)
         raise Broken("something was unpickled")
 
+    refusing = type("Unpickler", (), {"__init__": refuse})  # a class, since modules that are imported meanwhile may derive from it
+
     _memory()
     before, soft, handler, here = _memory(), resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, _ring), os.getcwd()
     try:
         os.chdir(folder)
         with contextlib.ExitStack() as stack:
             for name in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"):
-                stack.enter_context(mock.patch.object(pickle, name, refuse))
+                stack.enter_context(mock.patch.object(pickle, name, refusing if name.endswith("er") else refuse))
             stack.enter_context(warnings.catch_warnings(action="ignore"))
             if before[2]:
                 resource.setrlimit(resource.RLIMIT_AS, (int(before[2] + 1024) << 20, soft[1]))
@@ -954,7 +956,7 @@ def read_rows(rng, folder, given):
     return good, told
 
 
-# Recipes: `attack(rng, folder)` gives what is to be called, and whether it has to be refused
+# Recipes: `attack(rng, folder)` gives what is to be called, and whether it has to be refused; None if it has to work
 
 SOUND = dict(name="fuzz", data="digits", widths=(8,), epochs=1, batch_size=500)
 ODD = (None, "", "text", -1, -0.5, 10**12, 10**400, -10**400, float("nan"), float("inf"), True, b"bytes", [], {}, (), [[]], {"a": 1}, (None,), object(), "\0", "x" * 10_000, 1j, {1}, range(3), nested)
@@ -971,12 +973,12 @@ def tower(depth):
 
 
 def made(**changes):
-    "A call that makes a recipe and runs it. Measuring and looking for the commit are left out; the network is small, or not made."
+    "A call that makes a recipe and runs it. Measuring, and telling of the machine, are left out; the network is small, or not made."
     def call():
         chosen = recipes.Recipe(**(SOUND | changes))
         if sum(chosen.widths) > 1000 or chosen.epochs > 2:
             return chosen  # sound, but more than a test should run
-        with mock.patch.object(recipes, "_measure", lambda *a, **k: {}), mock.patch.object(recipes, "_commit", lambda: None):
+        with mock.patch.object(recipes, "_measure", lambda *a, **k: {}), mock.patch.object(recipes, "_provenance", lambda *a: {}):
             return recipes.run(chosen, progress=False, device="cpu", precision="fp32")
     return call
 
@@ -1007,7 +1009,7 @@ def widths(rng, folder):
 def options(rng, folder):
     objective = rng.choice(("hinton", "symba", "swish_symba", None))
     odd = rng.choice((("nonsense", 1), ("scale", "much"), ("scale", float("nan")), ("scale", None), ("", 1), ("__class__", 1), ("self", 1), ("scale", (1, 2)), ("scale", 10**400), ("scale", float("inf")),
-                      ("x" * 10_000, 1), ("\n", 1), (1, 1), "ab", None, ("scale",), tower(2000), ("scale", [1]), ("theta", "high"), ("theta", float("nan"))))
+                      ("x" * 10_000, 1), ("\n", 1), (1, 1), "ab", None, ("scale",), tower(2000), ("scale", [1]), ("theta", "high"), ("theta", float("nan")), ("goodness", 1)))
     return made(objective=objective, options=rng.choice(((odd,), (("scale", 1.0), odd)))), True
 
 
@@ -1020,6 +1022,14 @@ def paths_as_data(rng, folder):
 @attack("recipe")
 def unknown_fields(rng, folder):
     return made(**{rng.choice(("depth", "Name", "__class__", "self ", "widths_", "seed", "x" * 1000)): rng.choice(ODD)}), True
+
+
+@attack("recipe")
+def edges(rng, folder):
+    "The ends of what is allowed: these have to work."
+    return made(**rng.choice((dict(lr=0), dict(lr=1), dict(lr=1e-300), dict(weight_decay=0), dict(peer=1), dict(epochs=0), dict(widths=(1,)), dict(widths=(20,) * 10), dict(batch_size=1437), dict(target="\0"),
+                              dict(batch_size=10**6), dict(name="a" * 100), dict(name="0._-"), dict(objective="hinton", options=(("scale", 0.5), ("theta", "units"))), dict(widths=(100_000,)), dict(epochs=10**6),
+                              dict(method="random", epochs=0), dict(method="pixels", widths=()), dict(method="backprop", objective=None), dict(full_gradient=True, peer=0.5)))), None
 
 
 @attack("recipe")
@@ -1052,10 +1062,17 @@ def reached(*arguments, **options):
     raise Broken("nonsense came as far as a network")
 
 
+@cache
+def _warm():
+    "The digits, after a run that made the libraries load and cache what they put off until then."
+    made()()
+    return load("digits")
+
+
 def call_recipe(rng, folder, given):
     "Whether the call went through; `Broken` if it had to be refused, or only was when the network was made."
     call, refuse = given
-    images = load("digits")
+    images = _warm()
     guards = [mock.patch.object(recipes, "load", lambda name, **options: images if name == "digits" else load(name, **options))]
     if refuse:
         guards.append(mock.patch.object(recipes, "Network", reached))
@@ -1072,6 +1089,8 @@ def call_recipe(rng, folder, given):
             gave = None
     if gave is not None and refuse:
         raise Broken("nonsense was accepted")
+    if gave is None and refuse is None:
+        raise Broken("what is allowed was refused")
     return gave is not None, told
 
 
