@@ -99,7 +99,7 @@ def _told(errors):
 # %% ../nbs/93_cli.ipynb #a6d1d4bc
 @app.command(epilog="Example: ff-research tune symba backprop")
 def tune(names: Annotated[list[str], typer.Argument(help="recipes that have a search")],
-         epochs: Annotated[int, typer.Option(min=1, help="epochs of each trial")] = 6,
+         epochs: Annotated[Optional[int], typer.Option(min=1, help="epochs of each trial; 6, or on digits the recipe's own, if left out")] = None,
          results_folder: Annotated[Optional[Path], typer.Option("--results", help="folder of the rows")] = None):
     "Search a recipe's open settings on validation images. One row a trial; what is there is skipped."
     for name in names:

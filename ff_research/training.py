@@ -190,6 +190,7 @@ class _Learner:
         self.layer, self.objective, self.peer, self.lr, self.workspace = layer, objective, peer, lr, workspace
         self.twin = layer if dtype == torch.float32 else copy.deepcopy(layer).to(dtype)
         self.heads = list(objective.parameters())
+        self.loudness = torch.zeros((), device=next(layer.parameters()).device)  # of all activity in an epoch: its sums of squares, added up
         self.master = [p.detach() for p in (*layer.parameters(), *self.heads)]
         self.copies = [p.detach() for p in (*self.twin.parameters(), *self.heads)]
         self.optimizer = OPTIMIZERS[optimizer](self.master, self.copies, weight_decay)
@@ -227,6 +228,7 @@ class _Learner:
                 leaves.append(h[:positives].mean(0).float().requires_grad_())
                 total = loss + self.peer(leaves[2])
         total.backward()
+        self.loudness += squares.sum()
         self.descend(x, self.product_gradient(h, positives, *(leaf.grad for leaf in leaves)), factor)
         return loss.detach(), g.detach()
 
@@ -331,11 +333,12 @@ class _Meter:
 
 # %% ../nbs/05_training.ipynb #8056e03d
 def _examine(learners, seen, epoch, first=0):
-    "An epoch's means again; raises `Diverged` for a layer whose weights are not finite, or that was silent for the whole epoch."
-    for i, (learner, g_pos, g_neg) in enumerate(zip(learners, seen["g_pos"], seen["g_neg"]), start=first + 1):
-        if not all(torch.isfinite(w).all() for w in learner.master):
-            raise Diverged(f"training diverged in epoch {epoch + 1}, layer {i}: its weights are not finite; try a smaller lr")
-        if g_pos == 0 and (g_neg == 0 or math.isnan(g_neg)):
+    "An epoch's means again; raises `Diverged` for a layer whose weights or activity are not finite, or that was silent for the whole epoch."
+    for i, learner in enumerate(learners, start=first + 1):
+        loudness, learner.loudness = learner.loudness.item(), torch.zeros_like(learner.loudness)
+        if not (math.isfinite(loudness) and all(torch.isfinite(w).all() for w in learner.master)):
+            raise Diverged(f"training diverged in epoch {epoch + 1}, layer {i}: its weights or its activity are not finite; try a smaller lr")
+        if loudness == 0 and not getattr(learner.layer, "full_gradient", False):  # with the full gradient some objectives revive a silent layer
             raise Diverged(f"layer {i} is silent: its activity was 0 for every image of epoch {epoch + 1}, and so is its gradient; are the images blank, or is lr too large?")
     return seen
 
@@ -567,7 +570,7 @@ def _greedy(network, learners, images, strategy, batch_size, generator, dtype, f
     cache, part = {}, epochs // rounds
 
     def streams(make, *more):
-        for rows in torch.arange(len(images.y_train), device=generator.device).split(5000):
+        for rows in torch.arange(len(images.y_train), device=generator.device).tensor_split(-(-len(images.y_train) // 5000)):
             x, y = images.x_train[rows], images.y_train[rows]
             yield make(x, y, *more), y
 
@@ -653,6 +656,7 @@ def _check_schedule(strategy, schedule, epochs, collaboration, rounds):
         raise ValueError(f"{strategy.name} has no negatives and no goodness for layers to share; take collaboration=None")
 
 # %% ../nbs/05_training.ipynb #caed4177
+@torch.inference_mode(False)
 def train(network, images, strategy, epochs=60, seed=0, *, objective=None, schedule="together", collaboration=None, rounds=1, lr=1e-3,
           lr_schedule="cool_down", weight_decay=3e-4, optimizer="sgd", batch_size=100, precision="auto", device="auto", checkpoint=None, progress=True):
     """Train every layer of `network` by its own local objective; the network is changed in place. Gives the `History`.
@@ -672,9 +676,10 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     device = best_device(device)
     precision = best_precision(precision, device)
     dtype, images, network = PRECISIONS[precision], images.to(device), network.to(device)
+    rates = _per_layer(lr, len(network.layers))
     network.objectives = _objectives(network, strategy, objective, device)
     generator, workspace, learners = torch.Generator(device).manual_seed(seed), Workspace(), []
-    for i, rate in enumerate(_per_layer(lr, len(network.layers))):
+    for i, rate in enumerate(rates):
         layer, peer = network.layers[i], network.peers[i] if network.peers is not None else None
         kind = _Learner if isinstance(layer, FFLinear) else _ModuleLearner
         learners.append(kind(layer, network.objectives[i], peer, optimizer, rate, weight_decay, dtype, workspace))
@@ -719,6 +724,7 @@ class _Backprop:
                 c.data.copy_(w.data)
 
 # %% ../nbs/05_training.ipynb #cb43f3ad
+@torch.inference_mode(False)
 def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="cool_down", weight_decay=3e-4, optimizer="sgd", batch_size=100,
                    precision="auto", device="auto", checkpoint=None, progress=True):
     """Train the same `Network` by backpropagation, for comparison: plain images in, a linear head (`network.head`) on the last layer.
@@ -731,7 +737,7 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
     device = best_device(device)
     precision = best_precision(precision, device)
     if not hasattr(network, "head"):
-        network.head = nn.utils.skip_init(nn.Linear, network.layers[-1].units, images.num_classes)  # draws no random numbers
+        network.head = nn.utils.skip_init(nn.Linear, network.layers[-1].units, images.num_classes, dtype=torch.float32)  # draws no random numbers
         nn.init.zeros_(network.head.weight)
         nn.init.zeros_(network.head.bias)
     images, network = images.to(device), network.to(device)
@@ -742,7 +748,7 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
         start, sums, steps = time.perf_counter(), torch.zeros(2, device=device), 0
         for batch in _batches(len(images.y_train), batch_size, generator):
             x, y = images.x_train[batch], images.y_train[batch]
-            loss, logits = learner.learn(x, y, LR_SCHEDULES[lr_schedule](epoch, epochs))
+            loss, logits = learner.learn(x, y.long(), LR_SCHEDULES[lr_schedule](epoch, epochs))
             sums += torch.stack([loss, (logits.argmax(1) == y).float().mean()])
             steps += 1
         loss, accuracy = (sums / max(steps, 1)).tolist()
