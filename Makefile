@@ -30,7 +30,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
 	@touch $@
 
-demo: setup  ## train Forward-Forward and backprop on bundled digits, print both read-outs, draw a figure
+demo: setup  ## train every strategy, backprop and references on bundled digits, print both read-outs, draw a figure
 	@$(BIN)/ff-research compare
 
 test: setup  ## run every chapter and every test (ARGS="-k data --slow" to choose)

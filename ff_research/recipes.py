@@ -77,32 +77,46 @@ def _whole(v, low, high):
     return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 def _number_from_0(v):
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e30
 
 def _an_option(v):
-    return isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) and isinstance(v[1], (str, int, float)) and v[1] == v[1]
+    return isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) and (v[1] == "units" or _number_from_0(v[1]))
+
+def _brief(v):
+    "A value for a message."
+    try:
+        return repr(v)[:60]
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
+        return f"a {type(v).__name__}"
 
 FIELDS = {  # field: what it may be, and in words
     "name": (lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", v), "a word of letters, digits, '.', '_' and '-', which also names a file"),
     "data": (lambda v: isinstance(v, str) and v.isprintable() and 0 < len(v) < 1000, "the name of a data set or the path of an .npz file"),
-    "widths": (lambda v: isinstance(v, tuple) and len(v) <= 1000 and all(_whole(w, 1, 100_000) for w in v), "a tuple of numbers of units, each 1 to 100,000"),
-    "options": (lambda v: isinstance(v, tuple) and all(map(_an_option, v)), "a tuple of (name, value) pairs"),
+    "widths": (lambda v: isinstance(v, tuple) and len(v) <= 1000 and all(_whole(w, 1, 100_000) for w in v) and sum(a * b for a, b in zip(v, v[1:])) < 2**32,
+               "a tuple of numbers of units, each 1 to 100,000, with fewer than 2^32 weights between them"),
+    "options": (lambda v: isinstance(v, tuple) and all(map(_an_option, v)), "a tuple of (name, value) pairs, values finite numbers >= 0 or 'units'"),
     "epochs": (lambda v: _whole(v, 0, 1_000_000), "a whole number from 0 to 1,000,000"),
     "batch_size": (lambda v: _whole(v, 1, 10_000_000), "a whole number from 1 to 10,000,000"),
-    **{key: (_number_from_0, "a finite number >= 0") for key in ("lr", "weight_decay", "peer")},
+    **{key: (_number_from_0, "a number >= 0") for key in ("lr", "weight_decay", "peer")},
     "full_gradient": (lambda v: isinstance(v, bool), "True or False"),
     "target": (lambda v: isinstance(v, str), "a text")}
+
+def _check_seed(seed):
+    "The seed; raises ValueError unless it is a whole number from 0 to 2^63 - 1."
+    if not _whole(seed, 0, 2**63 - 1):
+        raise ValueError(f"seed={_brief(seed)}; expected a whole number from 0 to 2^63 - 1")
+    return seed
 
 def _check_fields(recipe):
     "Raise ValueError for a recipe with a field that no run can use: before any memory is asked for, or any file made."
     for key, (fits, words) in FIELDS.items():
         if not fits(v := getattr(recipe, key)):
-            raise ValueError(f"recipe {str(recipe.name)[:40]!r}: {key}={repr(v)[:60]}; expected {words}")
+            raise ValueError(f"recipe {_brief(recipe.name)}: {key}={_brief(v)}; expected {words}")
     for key, known in (("method", METHODS), ("strategy", STRATEGIES), ("lr_schedule", LR_SCHEDULES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         _one_of(getattr(recipe, key), tuple(known), f"{key} of recipe {recipe.name!r}")
     if recipe.objective is not None:
         _one_of(recipe.objective, tuple(OBJECTIVES), f"objective of recipe {recipe.name!r}")
-    takes = inspect.signature(OBJECTIVES[recipe.objective]).parameters if recipe.objective else ()
+    takes = [key for key in inspect.signature(OBJECTIVES[recipe.objective]).parameters if key != "goodness"] if recipe.objective else []
     if unknown := [key for key, _ in recipe.options if key not in takes]:
         raise ValueError(f"recipe {recipe.name!r}: objective {recipe.objective} has no option {unknown[0][:40]!r}; it has {', '.join(takes) or 'none'}")
     if not recipe.widths and recipe.method != "pixels":
@@ -130,17 +144,17 @@ RECIPES = {recipe.name: recipe for recipe in (
 
 # every strategy on the bundled digits, and its references: what `ff-research compare` runs
 DIGITS = replace(LOEWE, name="digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.01, target="")
-DIGITS_LR = dict(class_confusion=0.003, hard_mining=0.003, image_mixing=0.001, masking=0.001, random_noise=0.001, layer_wise=0.001,
-                 adversarial=0.001, self_contrastive=0.001, mono_forward=0.001)
+DIGITS_LR = dict(class_confusion=0.003, hard_mining=0.003, image_mixing=0.001, masking=0.001, random_noise=0.0003, layer_wise=0.0003,
+                 adversarial=0.0003, self_contrastive=0.001, mono_forward=0.03)
 RECIPES |= {recipe.name: recipe for recipe in (
     DIGITS, *(replace(DIGITS, name=f"digits-{name.replace('_', '-')}", strategy=name, lr=lr) for name, lr in DIGITS_LR.items()),
-    replace(BACKPROP, name="backprop-digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.03, target=""),
+    replace(BACKPROP, name="backprop-digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.003, target=""),
     replace(RANDOM, name="random-digits", data="digits", widths=(300, 300)))}
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
     "A recipe by its name. Raises ValueError, with the nearest right name, for an unknown one."
-    if name in RECIPES:
+    if isinstance(name, str) and name in RECIPES:
         return RECIPES[name]
     near = get_close_matches(str(name), RECIPES, n=1, cutoff=0.4)
     raise ValueError(f"unknown recipe {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}`ff-research list` shows all")
@@ -225,6 +239,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
     The network learns from the training images without the last `validation_size` ones. test=False leaves the test set unread, for tuning, and probe=False
     leaves out the linear probe where there is another read-out.    checkpoint: where the state of training is kept; a run that finds it goes on from there.
     """
+    _check_seed(seed)
     device = best_device(device)
     precision = best_precision(precision, device)
     images, where = load(recipe.data, root=root, device=device), dict(device=device.type, precision=precision)
@@ -283,11 +298,11 @@ def tune(name, *, epochs=None, seed=0, folder=None, **options):
 def trials(name, folder=None):
     "The rows of a recipe's search, the best first: of a results folder, or those that come with the package."
     folder = Path(str(files("ff_research"))) / "published" if folder is None else results_folder(folder)
-    return sorted(read_rows(folder / "trials" / f"{name}.jsonl"), key=validation_error)
+    return sorted(read_rows(folder / "trials" / f"{recipe(name).name}.jsonl"), key=validation_error)
 
 def publish_trials(name, folder=None):
     "Copy the rows of a recipe's search into the package; gives how many were new."
-    target = Path(str(files("ff_research"))) / "published" / "trials" / f"{name}.jsonl"
+    target = Path(str(files("ff_research"))) / "published" / "trials" / f"{recipe(name).name}.jsonl"
     return sum(append_row(target, row, same=same_run) for row in trials(name, results_folder(folder)))
 
 # %% ../nbs/90_recipes.ipynb #fde9fd5e
@@ -300,7 +315,7 @@ def run_and_keep(name, seed, *, folder=None, progress=True, **options):
 
     folder: of the rows, as in `results_folder`; options: as in `run`. Raises ValueError for test=False: rows of tuning are not results.
     """
-    chosen, folder = recipe(name), results_folder(folder)
+    chosen, folder, seed = recipe(name), results_folder(folder), _check_seed(seed)
     if not options.get("test", True):
         raise ValueError("rows without test errors are not kept; tune with run(recipe, seed, test=False)")
     path, checkpoint = folder / f"{name}.jsonl", folder / "checkpoints" / f"{name}-{seed}.safetensors"
@@ -326,7 +341,7 @@ def run_many(names, seeds, *, engine="local", workers=1, **options):
     engine: "local" (processes on this machine, the threads shared out among them) or "ray" (an existing Ray cluster, an extra).
     Names are checked before anything runs. Raises ValueError for an unknown recipe or engine, or workers < 1.
     """
-    jobs = list(dict.fromkeys((recipe(name).name, seed) for seed in seeds for name in names))
+    jobs = list(dict.fromkeys((recipe(name).name, _check_seed(seed)) for seed in seeds for name in names))
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
     if engine == "ray":

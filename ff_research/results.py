@@ -10,6 +10,7 @@ __all__ = ['DamagedRow', 'results_folder', 'read_rows', 'append_row', 'same_run'
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -146,7 +147,7 @@ def column(rows, key):
         if (v := value(row, key)) is not None:
             if row["seed"] in out:
                 raise ValueError(f"two rows have seed {row['seed']}: choose the rows of one recipe, and `latest` of them")
-            if isinstance(v, bool) or not isinstance(v, Real) or abs(v) > sys.float_info.max:
+            if isinstance(v, bool) or not isinstance(v, Real) or abs(v) == math.inf or isinstance(v, int) and abs(v) > sys.float_info.max:
                 raise ValueError(f"{key!r} of recipe {row.get('recipe')!r}, seed {row['seed']}, is {type(v).__name__} or too large: expected a number")
             out[row["seed"]] = v
     return out

@@ -18,6 +18,7 @@ import pytest
 from ff_research import cli, recipes, results
 from ff_research.cli import main
 from ff_research.results import append_row, read_rows
+from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged
 
 COMMANDS = ("list", "data", "run", "tune", "table", "compare", "publish", "bench")
@@ -144,37 +145,39 @@ def test_stopped_by_hand_says_so_and_goes_on(folder):
 @pytest.fixture
 def small(monkeypatch):
     "`compare` with recipes that take a moment."
-    monkeypatch.setitem(recipes.RECIPES, "digits", replace(recipes.RECIPES["digits"], widths=(40, 40), epochs=2))
-    monkeypatch.setitem(recipes.RECIPES, "backprop-digits", replace(recipes.RECIPES["backprop-digits"], widths=(40, 40), epochs=2))
-    monkeypatch.setitem(recipes.RECIPES, "random-digits", replace(recipes.RECIPES["random-digits"], widths=(40, 40)))
+    for name in cli.COMPARED:
+        r = recipes.RECIPES[name]
+        monkeypatch.setitem(recipes.RECIPES, name, replace(r, widths=r.widths and (40, 40), epochs=min(2, r.epochs), batch_size=200))
 
 
 @pytest.mark.parametrize("seeds", ["1", "2"])
 def test_compare(seeds, small, shell, folder):
-    code, out, err = shell("compare", "--seeds", seeds, "--figure", "new/figure.png")
-    assert code == 0 and "100%" in err and f"{4 * int(seeds)}/{4 * int(seeds)}" in err
+    code, out, err = shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "new/figure.png")
+    assert code == 0 and "100%" in err and f"{13 * int(seeds)}/{13 * int(seeds)}" in err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert tuple(table) == cli.COMPARED and {line["seeds"] for line in table.values()} == {seeds}
     known = {name: [line[key] != "n/a" for key in ("per-label goodness", "trained head", "linear probe")] for name, line in table.items()}
-    assert known == {"digits": [True, False, True], "backprop-digits": [False, True, True], "random-digits": [False, False, True], "pixels-digits": [False, False, True]}
+    of = {name: recipes.RECIPES[name] for name in table}
+    assert known == {name: [r.method == "ff" and STRATEGIES[r.strategy].contrasts_labels, r.method == "backprop", True] for name, r in of.items()}
+    assert sorted(r.strategy for r in of.values() if r.method == "ff") == sorted(STRATEGIES) and sum(known[name][0] for name in of) == 3
     assert all(("±" in line["linear probe"]) == (seeds == "2") for line in table.values())
     assert (folder / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     before = {path.name: path.read_bytes() for path in (folder / "results").glob("*.jsonl")}
-    assert shell("compare", "--seeds", seeds, "--figure", "again.pdf")[1].split("Figure")[0] == out.split("Figure")[0]
+    assert shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "again.pdf")[1].split("Figure")[0] == out.split("Figure")[0]
     assert {path.name: path.read_bytes() for path in (folder / "results").glob("*.jsonl")} == before and (folder / "again.pdf").exists()
 
 
 def test_compare_keeps_the_rows_when_the_figure_cannot_be_written(small, shell, folder):
-    code, _, err = shell("compare", "--seeds", "1", "--figure", "figure.nonsense")
+    code, _, err = shell("compare", "--seeds", "1", "--workers", "1", "--figure", "figure.nonsense")
     assert code == 2 and "nonsense" in err.splitlines()[-1] and "Traceback" not in err
-    assert len(list((folder / "results").glob("*.jsonl"))) == 4
+    assert len(list((folder / "results").glob("*.jsonl"))) == len(cli.COMPARED)
 
 
 def test_drawing_changes_no_settings(small, shell):
     import matplotlib
     backend, before = matplotlib.get_backend(), dict(matplotlib.rcParams)
-    shell("compare", "--seeds", "1")
+    shell("compare", "--seeds", "1", "--workers", "1")
     assert matplotlib.get_backend() == backend and dict(matplotlib.rcParams) == before
 
 

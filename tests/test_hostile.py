@@ -9,7 +9,6 @@ import pickle
 import reprlib
 import struct
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ def test_125_hostile_inputs_are_answered(kind, tmp_path):
 # The guards notice
 
 def write_outside():
-    Path("/tmp", f"outside-{os.getpid()}").write_text("")
+    Path("../outside").write_text("")
 
 
 def ask(size):
@@ -53,17 +52,16 @@ def raising(error):
 
 @pytest.mark.parametrize("act, said", [
     (lambda: np.ones(300 << 20, np.uint8).sum(), "it took 3"), (lambda: ask(1 << 40), "too much memory"), (lambda: pickle.loads(pickle.dumps(1)), "unpickled"),
-    (lambda: pickle._loads(pickle.dumps(1)), "unpickled"), (write_outside, "reached out of its folder"), (lambda: os.system("true"), "reached out of its folder: os.system"),
+    (lambda: pickle._loads(pickle.dumps(1)), "unpickled"), (write_outside, "reached out of its folder"),
+    (lambda: os.system("true"), "reached out of its folder: os.system"),
     (lambda: os.mkdir("../up"), "reached out"), (raising(ValueError("two\nlines")), "not one clear line"), (raising(ValueError("")), "not one clear line"),
     (raising(OSError("\x1b[31m")), "not one clear line"), (raising(ValueError("another")), "'here' is not named"), (raising(KeyError("here")), None),
-], ids=["memory", "too much memory", "pickle", "python's pickle", "write", "program", "folder", "two lines", "nothing said", "control characters", "no name", "other error"])
+], ids=["memory", "too much memory", "pickle", "python's pickle", "write", "program", "folder", "two lines", "nothing said", "control characters", "no name",
+        "other error"])
 def test_what_must_not_be_is_noticed(act, said, tmp_path):
     (tmp_path / "case").mkdir()
     with pytest.raises(Broken if said else KeyError, match=said), guarded(tmp_path / "case"):
         judged(act, "here" if said and "here" in said else "")
-    for path in (tmp_path / "up", Path("/tmp", f"outside-{os.getpid()}")):
-        with suppress(OSError):
-            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_a_hang_is_noticed(tmp_path, monkeypatch):
@@ -122,7 +120,8 @@ NPZ = {
     "version 3": (lambda: archive(data=npy(arrays()["x_train"], (3, 0))), "version 3"),
     "version 0": (lambda: archive(data=headed("{}", version=(0, 0))), "damaged"),
     "a header of 4 GB": (lambda: archive(data=headed("{}", version=(2, 0), length=2**32 - 1)), "damaged"),
-    "a header of a million blanks": (lambda: archive(data=described("|u1", "(12, 1, 6, 5)" + " " * 10**6, bytes(360), version=(2, 0)), method=zipfile.ZIP_DEFLATED), "max_header_size"),
+    "a header of a million blanks": (lambda: archive(data=described("|u1", "(12, 1, 6, 5)" + " " * 10**6, bytes(360), version=(2, 0)),
+                                                     method=zipfile.ZIP_DEFLATED), "max_header_size"),
     "a header that goes deep": (lambda: archive(data=headed("-" * 9000 + "1")), "damaged"),
     "a header with code": (lambda: archive(data=headed("__import__('os').mkdir('canary')")), "damaged"),
     "a pickle": (lambda: pickle.dumps(fuzz.Payload("canary")), "damaged, not an .npz file"),
@@ -135,7 +134,8 @@ NPZ = {
     "a checksum that is wrong": (lambda: archive(lie=lying(CRC=1)), "CRC"),
     "two arrays of one name": (lambda: archive(more=[("x_train.npy", npy(arrays()["x_test"]))]), "two arrays of one name"),
     "one name with and without .npy": (lambda: archive(more=[("x_train", npy(arrays()["x_test"]))]), "two arrays of one name"),
-    "names that lead elsewhere": (lambda: packed([(f"../{key}.npy", npy(v)) for key, v in arrays().items()]), "lacks x_train, y_train, x_test, y_test; it holds ../x_train, ../y_train"),
+    "names that lead elsewhere": (lambda: packed([(f"../{key}.npy", npy(v)) for key, v in arrays().items()]),
+                                  "lacks x_train, y_train, x_test, y_test; it holds ../x_train, ../y_train"),
     "names with control characters": (lambda: packed([("\x1b[2J\n.npy", b"")]), r"it holds \x1b[2J\n"),
     "a name without end": (lambda: packed([("x" * 60_000, b"")]), "x …"),
     "an array on its own": (lambda: npy(arrays()["x_train"]), "damaged, not an .npz file"),
@@ -360,7 +360,8 @@ def told(folder, *arguments):
     return good, out.getvalue().decode()
 
 
-@pytest.mark.parametrize("change", [dict(recipe=["loewe"]), dict(recipe=None), dict(recipe={}), dict(seed={}), dict(seed="0"), dict(seed=0.0), dict(seed=True), dict(seed=None)])
+@pytest.mark.parametrize("change", [dict(recipe=["loewe"]), dict(recipe=None), dict(recipe={}), dict(seed={}), dict(seed="0"), dict(seed=0.0), dict(seed=True),
+                                    dict(seed=None)])
 def test_rows_that_tell_no_run(change, tmp_path):
     (tmp_path / "loewe.jsonl").write_bytes(fuzz.lines(row(), row() | change))
     with pytest.raises(DamagedRow, match="no name of a recipe, or no whole number"):
@@ -378,8 +379,10 @@ def test_rows_that_tell_no_run(change, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(data="mnist"), dict(data=dict(name=["mnist"])), dict(data=None), dict(errors="none"), dict(errors=[]), dict(seconds="fast"), dict(seconds=[1, 2]), dict(seconds={}), dict(seconds=10**400),
-    dict(seconds=True), dict(seconds=float("inf")), dict(errors=dict(test=dict(per_label=[[1.0]]))), dict(errors=dict(test=dict(per_label="1.5"))), dict(errors=dict(test=dict(probe={"a": {}})))])
+    dict(data="mnist"), dict(data=dict(name=["mnist"])), dict(data=None), dict(errors="none"), dict(errors=[]), dict(seconds="fast"), dict(seconds=[1, 2]),
+    dict(seconds={}), dict(seconds=10**400),
+    dict(seconds=True), dict(seconds=float("inf")), dict(errors=dict(test=dict(per_label=[[1.0]]))), dict(errors=dict(test=dict(per_label="1.5"))),
+    dict(errors=dict(test=dict(probe={"a": {}})))])
 def test_rows_that_hold_no_numbers(change, tmp_path, monkeypatch):
     (tmp_path / "loewe.jsonl").write_bytes(fuzz.lines(row() | change))
     monkeypatch.setenv("FF_RESEARCH_RESULTS", str(tmp_path))
@@ -442,12 +445,18 @@ def test_files_of_odd_names_are_named_on_one_line(name, tmp_path, monkeypatch):
 # Recipes
 
 @pytest.mark.parametrize("changes", [
-    dict(lr=10**400), dict(lr=float("nan")), dict(lr=-1), dict(lr="0.1"), dict(lr=True), dict(peer=float("inf")), dict(weight_decay=None), dict(epochs=10**12), dict(epochs=-1), dict(epochs=1.5),
-    dict(epochs=True), dict(batch_size=0), dict(widths=()), dict(widths=(0,)), dict(widths=(-5,)), dict(widths=(10**12,)), dict(widths=[8]), dict(widths="8"), dict(widths=((8,),)),
-    dict(widths=(8,) * 10**5), dict(widths=fuzz.tower(3000)), dict(widths=(100_000,) * 1000), dict(options=fuzz.tower(3000)), dict(options=(("scale", 1.0),)), dict(objective="hinton", options=(("nonsense", 1),)),
-    dict(objective="hinton", options=(("scale", 10**400),)), dict(objective="hinton", options=(("scale", float("inf")),)), dict(objective="hinton", options=(("scale", "much"),)), dict(objective="nonsense"),
-    dict(strategy="nonsense"), dict(strategy=None), dict(method=["ff"]), dict(schedule="later"), dict(optimizer=""), dict(lr_schedule={}), dict(full_gradient=1), dict(data="nonsense"), dict(data="/dev/zero"),
-    dict(data="nul\0.npz"), dict(data=""), dict(data=7), dict(target=None), *(dict(name=name) for name in fuzz.NAMES)], ids=lambda changes: reprlib.repr(changes)[:40])
+    dict(lr=10**400), dict(lr=float("nan")), dict(lr=-1), dict(lr="0.1"), dict(lr=True), dict(peer=float("inf")), dict(weight_decay=None), dict(epochs=10**12),
+    dict(epochs=-1), dict(epochs=1.5),
+    dict(epochs=True), dict(batch_size=0), dict(widths=()), dict(widths=(0,)), dict(widths=(-5,)), dict(widths=(10**12,)), dict(widths=[8]), dict(widths="8"),
+    dict(widths=((8,),)),
+    dict(widths=(8,) * 10**5), dict(widths=fuzz.tower(3000)), dict(widths=(100_000,) * 1000), dict(options=fuzz.tower(3000)), dict(options=(("scale", 1.0),)),
+    dict(objective="hinton", options=(("nonsense", 1),)),
+    dict(objective="hinton", options=(("scale", 10**400),)), dict(objective="hinton", options=(("scale", float("inf")),)),
+    dict(objective="hinton", options=(("scale", "much"),)), dict(objective="nonsense"),
+    dict(strategy="nonsense"), dict(strategy=None), dict(method=["ff"]), dict(schedule="later"), dict(optimizer=""), dict(lr_schedule={}), dict(full_gradient=1),
+    dict(data="nonsense"), dict(data="/dev/zero"),
+    dict(data="nul\0.npz"), dict(data=""), dict(data=7), dict(target=None), *(dict(name=name) for name in fuzz.NAMES)],
+    ids=lambda changes: reprlib.repr(changes)[:40])
 def test_nonsense_in_a_recipe_is_refused_before_a_network_is_made(changes, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "Network", fuzz.reached)
     with guarded(tmp_path):
@@ -463,7 +472,8 @@ def test_an_unknown_field_is_named():
 @pytest.mark.parametrize("name", fuzz.NAMES, ids=lambda name: reprlib.repr(name)[:20])
 def test_names_that_no_recipe_has(name, tmp_path):
     with guarded(tmp_path):
-        for call in (lambda: recipe(name), lambda: run_and_keep(name, 0, folder=tmp_path), lambda: list(run_many([name], [0], folder=tmp_path)), lambda: recipes.trials(name, tmp_path)):
+        for call in (lambda: recipe(name), lambda: run_and_keep(name, 0, folder=tmp_path), lambda: list(run_many([name], [0], folder=tmp_path)),
+                     lambda: recipes.trials(name, tmp_path)):
             assert judged(lambda call=call: [call()]) is None
     assert list(tmp_path.iterdir()) == []
 
@@ -472,6 +482,7 @@ def test_names_that_no_recipe_has(name, tmp_path):
 def test_seeds_are_whole_numbers(seed, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "Network", fuzz.reached)
     with guarded(tmp_path):
-        for call in (lambda: run(RECIPES["digits"], seed), lambda: run_and_keep("digits", seed, folder=tmp_path, progress=False), lambda: list(run_many(["digits"], [seed], folder=tmp_path))):
+        for call in (lambda: run(RECIPES["digits"], seed), lambda: run_and_keep("digits", seed, folder=tmp_path, progress=False),
+                     lambda: list(run_many(["digits"], [seed], folder=tmp_path))):
             assert judged(call) is None
     assert list(tmp_path.iterdir()) == []

@@ -183,7 +183,8 @@ def judged(call, named="", kinds=(ValueError, OSError)):
 @cache
 def examples(count=300):
     "JSON values of every shape, the same ones every time."
-    leaf = (st.none() | st.booleans() | st.integers() | st.integers(10**18, 10**400) | st.floats() | st.text() | st.text(st.characters(categories=["Cs", "Cc", "Cf"]))
+    leaf = (st.none() | st.booleans() | st.integers() | st.integers(10**18, 10**400) | st.floats() | st.text() | st.text(st.characters(categories=["Cs", "Cc",
+                                                                                                                                                   "Cf"]))
             | st.sampled_from(["NaN", "", "..", "../up", "/abs", "nul\0", "\ud800", "x" * 3000]))
     made = []
 
@@ -347,7 +348,8 @@ def splices(rng, folder):
 def members(rng, folder):
     names = [f"{key}.npy" for key in KEYS]
     held = list(zip(names, map(npy, arrays().values())))
-    odd = ("../x_train.npy", "/etc/x_train.npy", "..\\x_train.npy", "C:\\x_train.npy", "x_train", "X_TRAIN.npy", "x_train.npy/", "x_train.npy.npy", "", ".npy", "a\nb.npy",
+    odd = ("../x_train.npy", "/etc/x_train.npy", "..\\x_train.npy", "C:\\x_train.npy", "x_train", "X_TRAIN.npy", "x_train.npy/", "x_train.npy.npy", "", ".npy",
+           "a\nb.npy",
            "\x1b[2J.npy", "\u202e.npy", "x" * 60_000 + ".npy", "x_train.npy ")
     for _ in range(rng.choice((1, 1, 3))):
         place = rng.randrange(len(held)) if held else 0
@@ -367,8 +369,10 @@ def members(rng, folder):
     return packed(held, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
 
 
-SHAPES = ("(-1, 1, 6, 5)", "(12, -1, -6, 5)", "(1000000, 1000000, 1000, 1)", "(2**62,)", "(4294967296, 4294967296)", "(9223372036854775807, 2, 1, 1)", "(18446744073709551617,)",
-          "(0,)", "(0, 1, 6, 5)", "(12, 0, 9223372036854775807, 5)", "()", "(12,)", "(True, True, 6, 5)", "(1.5,)", "(12, 1, 6, None)", "('a',)", "12", "[12, 1, 6, 5]", "{}",
+SHAPES = ("(-1, 1, 6, 5)", "(12, -1, -6, 5)", "(1000000, 1000000, 1000, 1)", "(2**62,)", "(4294967296, 4294967296)", "(9223372036854775807, 2, 1, 1)",
+          "(18446744073709551617,)",
+          "(0,)", "(0, 1, 6, 5)", "(12, 0, 9223372036854775807, 5)", "()", "(12,)", "(True, True, 6, 5)", "(1.5,)", "(12, 1, 6, None)", "('a',)", "12",
+          "[12, 1, 6, 5]", "{}",
           "(" + "1, " * 60 + ")", "(" + "1, " * 3000 + ")", "(99999999999999999999999999999999999999,)", "(3000000000, 1, 1)", "(8000, 1, 1000, 1000)")
 
 
@@ -381,20 +385,25 @@ def shapes(rng, folder):
 @attack("npz")
 def dtypes(rng, folder):
     value = arrays()[rng.choice(KEYS)]
-    kinds = (object, complex, "S3", "U5", "M8[s]", "m8[ns]", bool, np.float16, ">f4", ">i8", np.longdouble, np.uint64, [("a", "u1"), ("b", "f8")], "V7", np.clongdouble)
-    texts = ("|V0", "|S0", "<U0", "|O", "O", "<f3", "|u9", "<U999999999", "|S2147483648", "?", "x", "", "|u1, |u1", "(2,3)f4", "<M8[1000000000Y]", "__import__('os').mkdir('canary')")
+    kinds = (object, complex, "S3", "U5", "M8[s]", "m8[ns]", bool, np.float16, ">f4", ">i8", np.longdouble, np.uint64, [("a", "u1"), ("b", "f8")], "V7",
+             np.clongdouble)
+    texts = ("|V0", "|S0", "<U0", "|O", "O", "<f3", "|u9", "<U999999999", "|S2147483648", "?", "x", "", "|u1, |u1", "(2,3)f4", "<M8[1000000000Y]",
+             "__import__('os').mkdir('canary')")
     structs = ([("a", "|O")], [("a\n", "|u1")] * 2, [("x" * 5000, "<f8")], [], [("a", [("b", [("c", "|u1")])])], ("|u1", (3,)), {"names": ["a"], "formats": ["O"]})
     if rng.random() < 0.4:
         return with_member(rng, npy(np.zeros(value.shape, rng.choice(kinds))))
-    return with_member(rng, described(rng.choice((*texts, *structs)), rng.choice((value.shape, "(10**18,)", "(1000000000000, 1, 1)")), bytes(rng.choice((0, 12, 360)))))
+    return with_member(rng, described(rng.choice((*texts, *structs)), rng.choice((value.shape, "(10**18,)", "(1000000000000, 1, 1)")),
+                                      bytes(rng.choice((0, 12, 360)))))
 
 
 @attack("npz")
 def headers(rng, folder):
     deep = rng.choice((100, 199, 1000, 9000, 60_000))
-    texts = ("", "{}", "None", "[]", "{'descr': '|u1'}", "{'descr': '|u1', 'fortran_order': 'yes', 'shape': (1,)}", "(" * deep, "[" * deep + "]" * deep, "-" * deep + "1", "~" * deep,
+    texts = ("", "{}", "None", "[]", "{'descr': '|u1'}", "{'descr': '|u1', 'fortran_order': 'yes', 'shape': (1,)}", "(" * deep, "[" * deep + "]" * deep,
+             "-" * deep + "1", "~" * deep,
              "{'a':" * deep, " " * 65_000, "\0" * 50, "1" * 6000, "'" * 7, "{**{}}", "{'descr': '|u1', 'fortran_order': False, 'shape': (360,), 'more': 1}",
-             "{'shape': (1,), 'shape': (2,), 'descr': '|u1', 'fortran_order': False}", "__import__('os').mkdir('canary')", "lambda: 1", "f'{1}'", "{1: 2, 'a': 3}", "1e999")
+             "{'shape': (1,), 'shape': (2,), 'descr': '|u1', 'fortran_order': False}", "__import__('os').mkdir('canary')", "lambda: 1", "f'{1}'", "{1: 2, 'a': 3}",
+             "1e999")
     version = rng.choice(((1, 0), (1, 0), (2, 0), (3, 0), (0, 0), (1, 7), (255, 255)))
     return with_member(rng, headed(rng.choice(texts), bytes(360), version, rng.choice((None, None, 0, 1, 60_000, 2**32 - 1, 2**31))))
 
@@ -436,7 +445,8 @@ def bomb(method, mb):
 @attack("npz")
 def bombs(rng, folder):
     blank = described("|u1", "(12, 1, 6, 5)" + " " * rng.choice((10**4, 10**6, 10**7)), version=(2, 0))
-    return rng.choice((lambda: bomb(zipfile.ZIP_DEFLATED, 20), lambda: bomb(zipfile.ZIP_BZIP2, 128), lambda: bomb(zipfile.ZIP_LZMA, 24), lambda: with_member(rng, blank),
+    return rng.choice((lambda: bomb(zipfile.ZIP_DEFLATED, 20), lambda: bomb(zipfile.ZIP_BZIP2, 128), lambda: bomb(zipfile.ZIP_LZMA, 24),
+                       lambda: with_member(rng, blank),
                        lambda: packed([(f"{key}.npy", bomb(zipfile.ZIP_BZIP2, 128)) for key in KEYS], zipfile.ZIP_DEFLATED)))()
 
 
@@ -445,7 +455,8 @@ def directories(rng, folder):
     "A directory that does not tell the truth about what the archive holds."
     def lie(entries):
         entry = rng.choice(entries)
-        for field in rng.sample(("file_size", "compress_size", "CRC", "header_offset", "compress_type", "flag_bits", "create_version", "extract_version", "extra"), rng.choice((1, 1, 2, 3))):
+        for field in rng.sample(("file_size", "compress_size", "CRC", "header_offset", "compress_type", "flag_bits", "create_version", "extract_version", "extra"),
+                                rng.choice((1, 1, 2, 3))):
             huge = rng.choice((0, 1, 127, 487, 488, 489, 10**6, 2**31, 2**32 - 1, 2**32, 2**40, 2**62))
             setattr(entry, field, {"CRC": huge % 2**32, "compress_type": rng.choice((0, 8)), "flag_bits": rng.choice((1, 8, 0x40, 0x800, 0x20, 0xffff)),
                                    "create_version": rng.randrange(256), "extract_version": rng.choice((0, 63, 64, 255)),
@@ -620,22 +631,27 @@ def header_texts(rng, folder, whole):
     header, data = opened(whole)
     text = json.dumps(header)
     return closed(rng.choice((
-        b"{}", b"[]", b"null", b"", b"{", nested(rng.choice((50, 127, 128, 1000, 100_000)), rng).encode(), text.encode()[:-1], text.replace('"F32"', '"F99"').encode(), text.encode("utf-16"),
+        b"{}", b"[]", b"null", b"", b"{", nested(rng.choice((50, 127, 128, 1000, 100_000)), rng).encode(), text.encode()[:-1],
+        text.replace('"F32"', '"F99"').encode(), text.encode("utf-16"),
         (text[:-1] + ', "generator": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}').encode(), text.replace("__metadata__", "__metadata__ ").encode(),
-        (text[:-1] + ', "__metadata__": {}}').encode(), json.dumps(header | {"__metadata__": anything(rng)}).encode(), json.dumps(header | {"__metadata__": {"epoch": 1}}).encode(),
-        text.replace('"shape": [', '"shape": [-1, ').encode(), text.replace("[0, ", "[18446744073709551616, ").encode(), (text + " " * 10**6).encode(), b"\xff" + text.encode())), data)
+        (text[:-1] + ', "__metadata__": {}}').encode(), json.dumps(header | {"__metadata__": anything(rng)}).encode(),
+        json.dumps(header | {"__metadata__": {"epoch": 1}}).encode(),
+        text.replace('"shape": [', '"shape": [-1, ').encode(), text.replace("[0, ", "[18446744073709551616, ").encode(), (text + " " * 10**6).encode(),
+        b"\xff" + text.encode())), data)
 
 
 @attack("checkpoint")
 def metadata(rng, folder, whole):
     key = rng.choice(("epoch", "settings", "history"))
-    return retold(whole, **{key: rng.choice((None, "", "null", "[]", "{}", "{", "1", '"text"', "NaN", "[[]]", "true", nested(rng.choice((50, 400, 600, 900, 100_000)), rng), "9" * 5000,
+    return retold(whole, **{key: rng.choice((None, "", "null", "[]", "{}", "{", "1", '"text"', "NaN", "[[]]", "true",
+                                             nested(rng.choice((50, 400, 600, 900, 100_000)), rng), "9" * 5000,
                                              json.dumps(anything(rng))))})
 
 
 @attack("checkpoint")
 def epochs(rng, folder, whole):
-    return retold(whole, epoch=rng.choice(("-1", "0", "2", "3", "5", "99999999999999999999", "1.0", "1e3", "NaN", "one", "", "0x1", "1_0", "٣", " 1 ", "+1", "True", "None", "9" * 4000, "9" * 5000)))
+    return retold(whole, epoch=rng.choice(("-1", "0", "2", "3", "5", "99999999999999999999", "1.0", "1e3", "NaN", "one", "", "0x1", "1_0", "٣", " 1 ", "+1",
+                                           "True", "None", "9" * 4000, "9" * 5000)))
 
 
 @attack("checkpoint")
@@ -707,7 +723,8 @@ def kinds(rng, folder, whole):
     def change(held):
         name = rng.choice(list(held))
         dtype, shape, bits = held[name]
-        sizes = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, I16=2, I8=1, U8=1, U16=2, U32=4, U64=8, BOOL=1, C64=8, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, F4=1, F6_E2M3=1)
+        sizes = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, I16=2, I8=1, U8=1, U16=2, U32=4, U64=8, BOOL=1, C64=8, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, F4=1,
+                     F6_E2M3=1)
         count, what = int(np.prod(shape)), rng.randrange(4)
         if what == 0:
             dtype = rng.choice(list(sizes))
@@ -737,8 +754,10 @@ def not_finite(rng, folder, whole):
 def generators(rng, folder, whole):
     def change(held):
         bits = held["generator"][2]
-        held["generator"] = rng.choice((["U8", [len(bits) - 1], bits[:-1]], ["U8", [0], b""], ["U8", [len(bits)], bytes(len(bits))], ["U8", [len(bits)], b"\xff" * len(bits)],
-                                        ["U8", [len(bits)], rng.randbytes(len(bits))], ["U8", [8, len(bits) // 8], bits], ["I8", [len(bits)], bits], ["F32", [len(bits) // 4], bits],
+        held["generator"] = rng.choice((["U8", [len(bits) - 1], bits[:-1]], ["U8", [0], b""], ["U8", [len(bits)], bytes(len(bits))],
+                                        ["U8", [len(bits)], b"\xff" * len(bits)],
+                                        ["U8", [len(bits)], rng.randbytes(len(bits))], ["U8", [8, len(bits) // 8], bits], ["I8", [len(bits)], bits],
+                                        ["F32", [len(bits) // 4], bits],
                                         ["U8", [16], bits[:16]], ["U8", [len(bits)], flipped(rng, bits)], ["BOOL", [len(bits)], bits]))
     return rewritten(whole, change)
 
@@ -749,7 +768,8 @@ def others_(rng, folder, whole):
         def __reduce__(self):
             return os.mkdir, (str(folder / "canary"),)
     torch.save({"epoch": 1, "payload": Whole()}, saved := io.BytesIO())
-    return rng.choice((lambda: foreign(rng), saved.getvalue, lambda: closed({"weight": dict(dtype="F32", shape=[1], data_offsets=[0, 4])}, bytes(4)), lambda: whole + b"\0",
+    return rng.choice((lambda: foreign(rng), saved.getvalue, lambda: closed({"weight": dict(dtype="F32", shape=[1], data_offsets=[0, 4])}, bytes(4)),
+                       lambda: whole + b"\0",
                        lambda: closed({"__metadata__": {"format": "pt"}}), lambda: whole * 2, lambda: pickle.dumps(Payload(folder / "canary"))))()
 
 
@@ -787,7 +807,8 @@ def read_checkpoint(rng, folder, given):
         raise Broken("read_checkpoint refused it, but training went on from it")
     if history is not None:
         turns = QUIET["epochs"] * (2 if name == "greedy" else 1)
-        if len(history) != turns or not all(epoch.keys() >= HISTORY and all(isinstance(v, float) for v in (*epoch["loss"], *epoch["separation"], epoch["seconds"])) for epoch in history.epochs):
+        if len(history) != turns or not all(epoch.keys() >= HISTORY and all(isinstance(v, float) for v in (*epoch["loss"], *epoch["separation"],
+                                                                                                           epoch["seconds"])) for epoch in history.epochs):
             raise Broken(f"a history of {len(history)} epochs, {turns} expected, or not of the right form")
     return history is not None, told
 
@@ -833,10 +854,14 @@ def row_splices(rng, folder):
 @attack("rows")
 def encodings(rng, folder):
     text = good_rows().decode()
-    return {"loewe.jsonl": rng.choice((text.encode("utf-16"), text.encode("utf-16-le"), text.encode("utf-32"), b"\xef\xbb\xbf" + text.encode(), text.replace("loewe", "löwe").encode("latin1"),
-                                       text.replace("\n", "\r").encode(), text.replace("\n", "\r\n").encode(), text.replace("\n", "\x0b").encode(), text.replace("\n", "\u2028").encode(),
-                                       text.encode() + b"\0" * rng.choice((1, 5000)), b"\0" + text.encode(), text.replace("mnist", "mn\0ist").encode(), text.encode("utf-7"),
-                                       text.replace("mnist", "\xff").encode("latin1"), text.encode() + b"\x1a", text.replace("mnist", "\ud800").encode("utf-8", "surrogatepass")))}
+    return {"loewe.jsonl": rng.choice((text.encode("utf-16"), text.encode("utf-16-le"), text.encode("utf-32"), b"\xef\xbb\xbf" + text.encode(),
+                                       text.replace("loewe", "löwe").encode("latin1"),
+                                       text.replace("\n", "\r").encode(), text.replace("\n", "\r\n").encode(), text.replace("\n", "\x0b").encode(),
+                                       text.replace("\n", "\u2028").encode(),
+                                       text.encode() + b"\0" * rng.choice((1, 5000)), b"\0" + text.encode(), text.replace("mnist", "mn\0ist").encode(),
+                                       text.encode("utf-7"),
+                                       text.replace("mnist", "\xff").encode("latin1"), text.encode() + b"\x1a",
+                                       text.replace("mnist", "\ud800").encode("utf-8", "surrogatepass")))}
 
 
 @attack("rows")
@@ -850,7 +875,8 @@ def nesting(rng, folder):
 
 @attack("rows")
 def numbers(rng, folder):
-    number = rng.choice(("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "1" * 4300, "1" * 5000, "-" + "9" * 309, "1e-999", "0.1e1", "true", "1.0", "-0", "01", "1_0", "0x1", "1e308"))
+    number = rng.choice(("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "1" * 4300, "1" * 5000, "-" + "9" * 309, "1e-999", "0.1e1", "true", "1.0",
+                         "-0", "01", "1_0", "0x1", "1e308"))
     place = rng.choice(('"seed": 1', '"per_label": 2.5', '"seconds": 10.0', '"layers_2_to_3": 2.0', '"lr": 0.1'))
     return {"loewe.jsonl": good_rows().decode().replace(place, place.split(":")[0] + ": " + number).encode()}
 
@@ -860,7 +886,8 @@ def types(rng, folder):
     "A row that has something else under one of its keys, at any depth."
     held = [row(seed=seed) for seed in range(3)]
     for _ in range(rng.choice((1, 1, 2))):
-        place, path = rng.choice(held), rng.choice(("recipe", "seed", "config", "data", "data.name", "errors", "errors.test", "errors.test.per_label", "errors.test.probe",
+        place, path = rng.choice(held), rng.choice(("recipe", "seed", "config", "data", "data.name", "errors", "errors.test", "errors.test.per_label",
+                                                    "errors.test.probe",
                                                     "errors.test.probe.layers_2_to_3", "seconds", "config.lr", "time"))
         *above, last = path.split(".")
         for key in above:
@@ -892,16 +919,20 @@ def duplicates(rng, folder):
 @attack("rows")
 def texts(rng, folder):
     "Names that a terminal should not be sent as they are."
-    odd = rng.choice(("\ud800", "\udcff\ud800", "\x1b[2J", "a\nb", "a\rb", "a|b", "\0", "\u202e", "x" * 100_000, "", " ", "\u2028", "=cmd()", "<script>", "../../up", "/abs"))
-    change = rng.choice((dict(recipe=odd), dict(data=dict(name=odd)), dict(errors=dict(test={"probe": {odd: 1.0}})), dict(errors={"test": {"per_label": odd}}), {odd: odd}, dict(seconds=odd)))
+    odd = rng.choice(("\ud800", "\udcff\ud800", "\x1b[2J", "a\nb", "a\rb", "a|b", "\0", "\u202e", "x" * 100_000, "", " ", "\u2028", "=cmd()", "<script>",
+                      "../../up", "/abs"))
+    change = rng.choice((dict(recipe=odd), dict(data=dict(name=odd)), dict(errors=dict(test={"probe": {odd: 1.0}})), dict(errors={"test": {"per_label": odd}}),
+                         {odd: odd}, dict(seconds=odd)))
     return {"loewe.jsonl": lines(row(), row(seed=1, **change)) if rng.random() < 0.5 else lines(row(**change))}
 
 
 @attack("rows")
 def long(rng, folder):
     size = rng.choice((10**5, 10**6))
-    return rng.choice((lambda: among(rng, "x" * size), lambda: among(rng, '{"recipe": "' + "x" * size), lambda: among(rng, json.dumps(row(seed=5, more=list(range(size // 10))))),
-                       lambda: among(rng, json.dumps(row(seed=5, more="x" * size))), lambda: {"loewe.jsonl": b"\n" * size + good_rows()}, lambda: {"loewe.jsonl": b"{}\n" * 1000},
+    return rng.choice((lambda: among(rng, "x" * size), lambda: among(rng, '{"recipe": "' + "x" * size),
+                       lambda: among(rng, json.dumps(row(seed=5, more=list(range(size // 10))))),
+                       lambda: among(rng, json.dumps(row(seed=5, more="x" * size))), lambda: {"loewe.jsonl": b"\n" * size + good_rows()},
+                       lambda: {"loewe.jsonl": b"{}\n" * 1000},
                        lambda: {"loewe.jsonl": b" " * size}, lambda: {"loewe.jsonl": lines(*(row(seed=seed) for seed in range(100)))}))()
 
 
@@ -939,7 +970,8 @@ def read_rows(rng, folder, given):
     (folder / "ff_research").mkdir()
     (folder / "ff_research" / "published").symlink_to(folder)
     paths = sorted(folder.glob("*.jsonl"))
-    with guarded(folder) as told, mock.patch.dict(os.environ, FF_RESEARCH_RESULTS=str(folder)), mock.patch.object(results, "files", lambda package: folder / package):
+    with guarded(folder) as told, mock.patch.dict(os.environ, FF_RESEARCH_RESULTS=str(folder)), mock.patch.object(results, "files",
+                                                                                                                  lambda package: folder / package):
         for path in paths:
             held = judged(lambda: results.read_rows(path), repr(path.name)[1:-1])
             if held is not None and not all(isinstance(r, dict) for r in held):
@@ -959,8 +991,10 @@ def read_rows(rng, folder, given):
 # Recipes: `attack(rng, folder)` gives what is to be called, and whether it has to be refused; None if it has to work
 
 SOUND = dict(name="fuzz", data="digits", widths=(8,), epochs=1, batch_size=500)
-ODD = (None, "", "text", -1, -0.5, 10**12, 10**400, -10**400, float("nan"), float("inf"), True, b"bytes", [], {}, (), [[]], {"a": 1}, (None,), object(), "\0", "x" * 10_000, 1j, {1}, range(3), nested)
-NAMES = ("..", ".", "", "../up", "a/b", "/abs", "a\\b", "a\0b", "a\nb", "\x1b[31m", "x" * 10_000, "x" * 300, "~", "~/a", "*", "-", ".hidden", "a b", "ä", "\ud800", "\u202e", "CON:", "a\u2028b", None, 7, ["loewe"],
+ODD = (None, "", "text", -1, -0.5, 10**12, 10**400, -10**400, float("nan"), float("inf"), True, b"bytes", [], {}, (), [[]], {"a": 1}, (None,), object(), "\0",
+       "x" * 10_000, 1j, {1}, range(3), nested)
+NAMES = ("..", ".", "", "../up", "a/b", "/abs", "a\\b", "a\0b", "a\nb", "\x1b[31m", "x" * 10_000, "x" * 300, "~", "~/a", "*", "-", ".hidden", "a b", "ä", "\ud800",
+         "\u202e", "CON:", "a\u2028b", None, 7, ["loewe"],
          {"a": 1}, b"loewe", ("loewe",), float("nan"), True)
 
 
@@ -987,35 +1021,41 @@ def in_field(*names):
     "A family that puts nonsense into fields of one kind."
     def make(rng, folder):
         name = rng.choice(names)
-        fits = {"name": {"text"}, "target": {"", "text", "\0", "x" * 10_000}, "data": set(), "objective": {None}, "options": {()}, "full_gradient": {True}}.get(name, set())
+        fits = {"name": {"text"}, "target": {"", "text", "\0", "x" * 10_000}, "data": set(), "objective": {None}, "options": {()},
+                "full_gradient": {True}}.get(name, set())
         odd = rng.choice([v for v in ODD if not any(type(v) is type(fit) and v == fit for fit in fits)])
         large = name in ("lr", "weight_decay", "peer") and odd == 10**12  # a number like any other
         return made(**{name: odd}), not large and (name != "target" or not isinstance(odd, str))
     return make
 
 
-for family, names in dict(numbers_of_recipes=("lr", "weight_decay", "peer"), counts=("epochs", "batch_size"), words=("method", "strategy", "lr_schedule", "optimizer", "schedule", "objective"),
+for family, names in dict(numbers_of_recipes=("lr", "weight_decay", "peer"), counts=("epochs", "batch_size"),
+                          words=("method", "strategy", "lr_schedule", "optimizer", "schedule", "objective"),
                           data_of_recipes=("data",), others_of_recipes=("name", "target", "full_gradient", "options")).items():
     ATTACKS["recipe"][family] = in_field(*names)
 
 
 @attack("recipe")
 def widths(rng, folder):
-    return made(widths=rng.choice(((), (0,), (-1,), (10**12,), (8, -8), (8, 10**9), (1.5,), ("8",), (None,), (True,), (float("nan"),), ((8,),), "888", [8, 8], 8, {8}, (10**400,), tower(2000), (8,) * 10**5,
+    return made(widths=rng.choice(((), (0,), (-1,), (10**12,), (8, -8), (8, 10**9), (1.5,), ("8",), (None,), (True,), (float("nan"),), ((8,),), "888", [8, 8], 8,
+                                   {8}, (10**400,), tower(2000), (8,) * 10**5,
                                    (100_000,) * 1000, range(1, 3), (b"8",), None, {8: 8}, (float("inf"),)))), True
 
 
 @attack("recipe")
 def options(rng, folder):
     objective = rng.choice(("hinton", "symba", "swish_symba", None))
-    odd = rng.choice((("nonsense", 1), ("scale", "much"), ("scale", float("nan")), ("scale", None), ("", 1), ("__class__", 1), ("self", 1), ("scale", (1, 2)), ("scale", 10**400), ("scale", float("inf")),
-                      ("x" * 10_000, 1), ("\n", 1), (1, 1), "ab", None, ("scale",), tower(2000), ("scale", [1]), ("theta", "high"), ("theta", float("nan")), ("goodness", 1)))
+    odd = rng.choice((("nonsense", 1), ("scale", "much"), ("scale", float("nan")), ("scale", None), ("", 1), ("__class__", 1), ("self", 1), ("scale", (1, 2)),
+                      ("scale", 10**400), ("scale", float("inf")),
+                      ("x" * 10_000, 1), ("\n", 1), (1, 1), "ab", None, ("scale",), tower(2000), ("scale", [1]), ("theta", "high"), ("theta", float("nan")),
+                      ("goodness", 1)))
     return made(objective=objective, options=rng.choice(((odd,), (("scale", 1.0), odd)))), True
 
 
 @attack("recipe")
 def paths_as_data(rng, folder):
-    return made(data=rng.choice(("../up.npz", "/dev/zero", "/dev/zero.npz", "a\0.npz", "x" * 10_000 + ".npz", "~nobody-of-this-name/x.npz", "file:///etc/passwd", "http://localhost/x.npz", str(folder), f"{folder}/",
+    return made(data=rng.choice(("../up.npz", "/dev/zero", "/dev/zero.npz", "a\0.npz", "x" * 10_000 + ".npz", "~nobody-of-this-name/x.npz", "file:///etc/passwd",
+                                 "http://localhost/x.npz", str(folder), f"{folder}/",
                                  str(folder / "absent.npz"), "\n.npz", "mnist/../digits", "digits ", "-", "*", ".npz"))), True
 
 
@@ -1027,9 +1067,12 @@ def unknown_fields(rng, folder):
 @attack("recipe")
 def edges(rng, folder):
     "The ends of what is allowed: these have to work."
-    return made(**rng.choice((dict(lr=0), dict(lr=1), dict(lr=1e-300), dict(weight_decay=0), dict(peer=1), dict(epochs=0), dict(widths=(1,)), dict(widths=(20,) * 10), dict(batch_size=1437), dict(target="\0"),
-                              dict(batch_size=10**6), dict(name="a" * 100), dict(name="0._-"), dict(objective="hinton", options=(("scale", 0.5), ("theta", "units"))), dict(widths=(100_000,)), dict(epochs=10**6),
-                              dict(method="random", epochs=0), dict(method="pixels", widths=()), dict(method="backprop", objective=None), dict(full_gradient=True, peer=0.5)))), None
+    return made(**rng.choice((dict(lr=0), dict(lr=1), dict(lr=1e-300), dict(weight_decay=0), dict(peer=1), dict(epochs=0), dict(widths=(1,)),
+                              dict(widths=(20,) * 10), dict(batch_size=1437), dict(target="\0"),
+                              dict(batch_size=10**6), dict(name="a" * 100), dict(name="0._-"),
+                              dict(objective="hinton", options=(("scale", 0.5), ("theta", "units"))), dict(widths=(100_000,)), dict(epochs=10**6),
+                              dict(method="random", epochs=0), dict(method="pixels", widths=()), dict(method="backprop", objective=None),
+                              dict(full_gradient=True, peer=0.5)))), None
 
 
 @attack("recipe")
@@ -1127,10 +1170,13 @@ def run(kind, cases, seed=0, say=print, only=None):
                 except Exception as error:
                     failed += 1
                     failures.append((f"{kind}/{family}/{number}", error))
-                    say(f"FAILED {kind}/{family}/{number}: {type(error).__name__}: {str(error)[:300]}\n    again: python -m tests.faults.fuzz --case {kind}/{family}/{number} --seed {seed}")
+                    say(f"FAILED {kind}/{family}/{number}: {type(error).__name__}: {str(error)[:300]}\n"
+                        f"    again: python -m tests.faults.fuzz --case {kind}/{family}/{number} --seed {seed}")
                 shutil.rmtree(folder)
-            rows.append(dict(kind=kind, family=family.rstrip("_"), cases=count, answered=count - failed, loaded=loaded, failed=failed, peak_extra_memory_mb=round(peak, 1),
-                             seconds=round(time.perf_counter() - start, 2), seed=seed, version=ff_research.__version__, time=datetime.now(timezone.utc).isoformat(timespec="seconds")))
+            rows.append(dict(kind=kind, family=family.rstrip("_"), cases=count, answered=count - failed, loaded=loaded, failed=failed,
+                             peak_extra_memory_mb=round(peak, 1),
+                             seconds=round(time.perf_counter() - start, 2), seed=seed, version=ff_research.__version__,
+                             time=datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return rows, failures
 
 
@@ -1155,7 +1201,8 @@ def main(arguments=None):
         failed += len(failures)
         rows += of_kind
         for r in of_kind:
-            print(f"{kind:11}{r['family']:20}{r['cases']:6}{r['answered']:9}{r['loaded']:7}{r['failed']:7}{r['peak_extra_memory_mb']:7.1f}{r['seconds']:8.1f}", flush=True)
+            print(f"{kind:11}{r['family']:20}{r['cases']:6}{r['answered']:9}{r['loaded']:7}{r['failed']:7}{r['peak_extra_memory_mb']:7.1f}{r['seconds']:8.1f}",
+                  flush=True)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text("".join(json.dumps(r) + "\n" for r in rows))
