@@ -143,12 +143,12 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("pixels-digits", "digits", method="pixels", widths=(), epochs=0))}
 
 # every strategy on the bundled digits, and its references: what `ff-research compare` runs
-DIGITS = replace(LOEWE, name="digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.01, target="")
+DIGITS = replace(LOEWE, name="digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.003, target="")
 DIGITS_LR = dict(class_confusion=0.003, hard_mining=0.003, image_mixing=0.001, masking=0.001, random_noise=0.0003, layer_wise=0.0003,
                  adversarial=0.0003, self_contrastive=0.001, mono_forward=0.03)
 RECIPES |= {recipe.name: recipe for recipe in (
     DIGITS, *(replace(DIGITS, name=f"digits-{name.replace('_', '-')}", strategy=name, lr=lr) for name, lr in DIGITS_LR.items()),
-    replace(BACKPROP, name="backprop-digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.003, target=""),
+    replace(BACKPROP, name="backprop-digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.03, target=""),
     replace(RANDOM, name="random-digits", data="digits", widths=(300, 300)))}
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
@@ -269,16 +269,15 @@ def settings(name):
     return [dict(zip(SEARCHES[name], values)) for values in itertools.product(*SEARCHES[name].values())]
 
 def validation_error(row):
-    "A row's error in % on the validation images: by labels, else by the trained head, else by the probe (of all upper layers, where there are several); 100 for a trial that diverged."
+    "A row's error in % on the validation images: the mean over its read-outs (labels, trained head, probe of all upper layers or the last); 100 for a trial that diverged."
     errors = row["errors"]["validation"]
-    if "diverged" in row:
-        return 100.0
-    return errors.get("per_label", errors.get("head", list(errors.get("probe", {"": None}).values())[-1]))
+    found = [errors[key] for key in ("per_label", "head") if key in errors] + list(errors.get("probe", {}).values())[-1:]
+    return sum(found) / len(found) if found else 100.0
 
 def tune(name, *, epochs=None, seed=0, folder=None, **options):
     """Try the settings of a recipe's search, and yield the row of each; rows that are there already are not made again.
 
-    epochs: of each trial; None takes 6, or all of the recipe's on digits, where that takes seconds. A trial that diverges is a trial, too. folder: rows are kept in its part `trials`; options: as in `run`. The test images are not read. Raises ValueError for a recipe without a search.
+    epochs: of each trial; None takes 6, or on digits, where that takes seconds, all of the recipe's and the probe as well. A trial that diverges is a trial, too. folder: rows are kept in its part `trials`; options: as in `run`. The test images are not read. Raises ValueError for a recipe without a search.
     """
     chosen, path = recipe(name), results_folder(folder) / "trials" / f"{name}.jsonl"
     epochs = epochs or (chosen.epochs if chosen.data == "digits" else 6)
@@ -289,7 +288,7 @@ def tune(name, *, epochs=None, seed=0, folder=None, **options):
             yield found[0]
             continue
         try:
-            row = run(trial, seed, test=False, probe=False, **options)
+            row = run(trial, seed, test=False, probe=chosen.data == "digits", **options)
         except Diverged as error:
             row = dict(recipe=name, seed=seed, config=_config(trial), errors=dict(validation={}), diverged=str(error))
         append_row(path, row | {"trial": setting}, same=same_run)

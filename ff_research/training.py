@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import zlib
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -343,12 +344,19 @@ def _examine(learners, seen, epoch, first=0):
     return seen
 
 # %% ../nbs/05_training.ipynb #36ea867c
+def _checksum(tensors):
+    "CRC-32 of all numbers, in the order of their names."
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return str(crc)
+
 def save_checkpoint(path, tensors, epoch, settings, history, generator):
     "Write a run's state as safetensors, whole or not at all. Raises OSError, with the old checkpoint untouched, if it cannot."
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    header = dict(epoch=str(epoch), settings=json.dumps(settings), history=json.dumps(history.epochs))
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()} | {"generator": generator.get_state()}
+    header = dict(epoch=str(epoch), settings=json.dumps(settings), history=json.dumps(history.epochs), crc=_checksum(tensors))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
@@ -395,6 +403,8 @@ def read_checkpoint(path, settings):
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
+        if "crc" in header and header["crc"] != _checksum(tensors):
+            raise ValueError("its numbers are not those that were written")
         epoch, theirs, epochs = int(header["epoch"]), json.loads(header["settings"]), json.loads(header["history"])
         differing = [_difference(key, theirs.get(key), settings.get(key)) for key in {**settings, **theirs} if theirs.get(key) != settings.get(key)]
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:  # a damaged file trips all of them

@@ -56,7 +56,7 @@ def test_sdist_holds_what_building_needs(built):
 
 def test_wheel_holds_the_package_and_the_published_rows(built):
     tree, _, wheel = built
-    files = {path.relative_to(tree).as_posix(): path.read_bytes() for pattern in ("*.py", "published/*.jsonl") for path in (tree / "ff_research").glob(pattern)}
+    files = {path.relative_to(tree).as_posix(): path.read_bytes() for pattern in ("*.py", "published/*.jsonl", "published/*/*.jsonl") for path in (tree / "ff_research").glob(pattern)}
     assert "ff_research/published/probe.jsonl" in files
     with zipfile.ZipFile(wheel) as archive:
         inside = {name: archive.read(name) for name in archive.namelist() if name.startswith("ff_research/")}

@@ -256,3 +256,11 @@ def test_full_disk_keeps_the_old_checkpoint(path):
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == bits and [p.name for p in path.parent.iterdir()] == [path.name]
     assert read_checkpoint(path, settings)[0] == 2
+
+
+def test_a_flipped_bit_is_noticed(path, digits):
+    "The format checks lengths, not numbers; the checksum in the header does."
+    bits = bytearray(path.read_bytes())
+    bits[-9] ^= 4
+    path.write_bytes(bits)
+    assert "its numbers are not those that were written" in refused(path, digits)
