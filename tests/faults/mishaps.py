@@ -356,7 +356,7 @@ def stage(name, expected):
         folder = Path(place).resolve()
         try:
             said = MISHAPS[name](folder, expected)
-            return "held", re.sub(r"\S*/(results|published)\b", r"…/\1", said.replace(str(folder), "…"))
+            return "held", re.sub(r"[^\s']*/(results|published)\b", r"…/\1", said.replace(str(folder), "…"))
         except NotHere as reason:
             return "not here", str(reason)
         except AssertionError as error:
