@@ -20,7 +20,7 @@ import typer
 
 from . import recipes, results
 from .data import DATA_SETS, load
-from .training import Diverged
+from .training import Diverged, best_precision
 
 # %% ../nbs/93_cli.ipynb #57703dc3
 app = typer.Typer(help="Forward-Forward learning, measured. Rows are kept in ./results, or $FF_RESEARCH_RESULTS.", no_args_is_help=True, add_completion=False,
@@ -210,11 +210,15 @@ def publish(names: Annotated[list[str], typer.Argument(help="recipes")]):
         typer.echo(f"{name}: {results.publish(name)} new rows{f', {new} of its search' if new else ''}")
 
 # %% ../nbs/93_cli.ipynb #08a8d7c0
-@app.command(epilog="Example: ff-research bench")
-def bench(runs: Annotated[int, typer.Option(min=1, help="timed pairs")] = 7):
-    "Time a training step and its matrix products. 4 x 2000 units, both precisions, two batch sizes."
+@app.command(epilog="Example: ff-research bench --precision fp32")
+def bench(runs: Annotated[int, typer.Option(min=1, help="timed pairs")] = 7,
+          precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16; both, if left out")] = None,
+          out: Annotated[Optional[Path], typer.Option(help="a .jsonl file that gets a line for each measurement")] = None):
+    "Time a training step and its matrix products. 4 x 2000 units, two batch sizes."
     from ff_research.speed import step_against_products
-    for precision in ("fp32", "bf16"):
+    for chosen in ("fp32", "bf16") if precision is None else (best_precision(precision),):
         for batch_size in (500, 100):
-            t = step_against_products(batch_size=batch_size, precision=precision, runs=runs)
-            typer.echo(f"{precision}, batch {batch_size}: products {t['products_ms']:.1f} ms of a step of {t['step_ms']:.1f} ms: {100 * t['share']:.0f} % ({100 * t['low']:.0f} to {100 * t['high']:.0f})")
+            t = step_against_products(batch_size=batch_size, precision=chosen, runs=runs)
+            typer.echo(f"{chosen}, batch {batch_size}: products {t['products_ms']:.1f} ms of a step of {t['step_ms']:.1f} ms: {100 * t['share']:.0f} % ({100 * t['low']:.0f} to {100 * t['high']:.0f})")
+            if out is not None:
+                results.append_row(out, dict(batch_size=batch_size, runs=runs, **{key: round(v, 4) for key, v in t.items()}, **recipes.origin("cpu", chosen)))

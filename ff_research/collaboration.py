@@ -15,7 +15,7 @@ from .goodness import hinton, sum_of_squares
 from .labels import check_room, labelled
 from .layers import Network, activities
 from .readout import _best, _split, _twin, per_label_goodness
-from .training import gammas, train
+from .training import Diverged, gammas, train
 
 # %% ../nbs/11_collaboration.ipynb #dd88daa4
 @torch.no_grad()
@@ -55,7 +55,7 @@ def theta_sweep(widths, images, strategy, thetas, seeds=(0,), *, collaboration=N
     """Errors in % `[thetas, seeds]` on held-out training images, for thresholds given as multiples of each layer's number of units.
 
     growing: multiply the threshold of layer i by i, as many terms as its sum has with collaboration="previous".
-    first: layers `first`, first + 1, … are read; options as in `train`. The test images stay unread.
+    A run that stops because a layer diverged or fell silent counts as 100 %. first: layers `first`, first + 1, … are read; options as in `train`. The test images stay unread.
     """
     held, out = hold_out(images, validation_size(images)), torch.zeros(len(thetas), len(seeds))
     where = {key: options[key] for key in ("precision", "device") if key in options}
@@ -63,6 +63,10 @@ def theta_sweep(widths, images, strategy, thetas, seeds=(0,), *, collaboration=N
         objective = [hinton(theta=theta * units * (i if growing else 1)) for i, units in enumerate(widths[1:], start=1)]
         for b, seed in enumerate(seeds):
             network = Network(widths, seed=seed)
-            train(network, held, strategy, seed=seed, objective=objective, collaboration=collaboration, **{"progress": False} | options)
+            try:
+                train(network, held, strategy, seed=seed, objective=objective, collaboration=collaboration, **{"progress": False} | options)
+            except Diverged:
+                out[a, b] = 100.0
+                continue
             out[a, b] = per_label_goodness(network, held, first=first, **where)
     return out

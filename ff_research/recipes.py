@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECIPES', 'DIGITS', 'DIGITS_LR',
-           'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES', 'Recipe', 'recipe', 'run', 'settings', 'validation_error',
-           'tune', 'trials', 'publish_trials', 'run_and_keep', 'run_many']
+           'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES', 'Recipe', 'recipe', 'origin', 'run', 'settings',
+           'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -171,8 +171,9 @@ def _commit():
         return None
     return done.stdout.strip() or None
 
-def _provenance(device, precision):
-    "Where and with what a row was made."
+def origin(device, precision):
+    "Where and with what a row was made: device, precision, threads, peak memory in MiB, versions, commit, time; a dictionary."
+    device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     scale = 1024 if sys.platform != "darwin" else 1
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
@@ -255,7 +256,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
     return dict(recipe=recipe.name, seed=seed, config=_config(recipe), errors=errors, weights=_fingerprint(network),
                 data=dict(name=images.name, train=len(validation.y_train), validation=len(validation.y_test), test=len(images.y_test)),
                 seconds=round(seconds, 2), seconds_in_all=round(time.perf_counter() - start, 2), images_per_second=round(shown / seconds) if seconds else None,
-                curves={key: [[_number(v) for v in epoch[key]] for epoch in epochs] for key in ("loss", "separation")}, **_provenance(device, precision))
+                curves={key: [[_number(v) for v in epoch[key]] for epoch in epochs] for key in ("loss", "separation")}, **origin(device, precision))
 
 # %% ../nbs/90_recipes.ipynb #851a2538
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
