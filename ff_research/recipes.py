@@ -127,7 +127,7 @@ LOEWE = Recipe("loewe", "mnist", epochs=100, peer=0.03, full_gradient=True, targ
 HINTON = Recipe("hinton-supervised", "mnist", widths=(2000,) * 4, objective="hinton", options=(("scale", 0.05),), epochs=60, lr=0.02, batch_size=250, peer=0.03,
                 full_gradient=True, target="1.36 % test error (Hinton 2022, section 3.3)")
 SYMBA = Recipe("symba", "mnist", objective="symba", epochs=40, lr=3.0, weight_decay=0.0, batch_size=250, target="1.42 % test error (Lee and Song 2023, as listed by Sun et al. 2025)")
-BACKPROP = Recipe("backprop", "mnist", method="backprop", epochs=20, lr=0.01, target="about 1.4 % test error (Hinton 2022, section 3.1)")
+BACKPROP = Recipe("backprop", "mnist", method="backprop", epochs=20, lr=0.03, target="about 1.4 % test error (Hinton 2022, section 3.1)")
 RANDOM = Recipe("random", "mnist", method="random", epochs=0)
 
 RECIPES = {recipe.name: recipe for recipe in (
