@@ -1012,7 +1012,7 @@ def made(**changes):
         chosen = recipes.Recipe(**(SOUND | changes))
         if sum(chosen.widths) > 1000 or chosen.epochs > 2:
             return chosen  # sound, but more than a test should run
-        with mock.patch.object(recipes, "_measure", lambda *a, **k: {}), mock.patch.object(recipes, "_provenance", lambda *a: {}):
+        with mock.patch.object(recipes, "_measure", lambda *a, **k: {}), mock.patch.object(recipes, "origin", lambda *a: {}):
             return recipes.run(chosen, progress=False, device="cpu", precision="fp32")
     return call
 
