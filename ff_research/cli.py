@@ -118,7 +118,7 @@ def _probe(rows):
     probe = results.value(rows[0], "errors.test.probe")
     return f"errors.test.probe.{list(probe)[-1] if probe and isinstance(probe, dict) else 'none'}"
 
-def _shown(row, source="rows"):
+def _tellable(row, source="rows"):
     "The row. Raises ValueError, which names the source, for one that lacks what a table shows."
     kinds = {"recipe": str, "seed": int, "data.name": str, "errors": dict}
     if missing := [key for key, kind in kinds.items() if type(results.value(row, key)) is not kind]:
@@ -127,7 +127,7 @@ def _shown(row, source="rows"):
 
 def summary_table(rows):
     "A line a recipe: both read-outs on the test set in %, mean ± standard deviation over the seeds, and seconds of training."
-    lines, rows = [], [_shown(row) for row in rows]
+    lines, rows = [], [_tellable(row) for row in rows]
     for name in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == name]
         line = {"recipe": name, "data": mine[0]["data"]["name"], "seeds": len(mine), "seconds": results.spread(results.summary(mine, "seconds"), 0)}
@@ -141,14 +141,14 @@ COLUMNS = {"recipe": "recipe", "data": "data", "seeds": "seeds", **READOUTS, "pr
 def _own_rows():
     "The rows of the results folder. Raises ValueError for one that lacks what a table needs."
     for path in sorted(results.results_folder().glob("*.jsonl")):
-        yield from (_shown(row, repr(str(path))[1:-1]) for row in results.read_rows(path))
+        yield from (_tellable(row, repr(str(path))[1:-1]) for row in results.read_rows(path))
 
 @app.command(epilog="Examples: ff-research table mnist · ff-research table loewe --format csv")
 def table(name: Annotated[str, typer.Argument(help="a recipe or a data set")],
           format: Annotated[str, typer.Option(help="md, csv or html")] = "md",
           own: Annotated[bool, typer.Option("--own", help="read your own results folder, not the published rows")] = False):
     "Show test errors in %. They are of one recipe, or of every recipe on a data set, from the rows that come with the package or your own."
-    rows = results.latest(_own_rows()) if own else [_shown(row, "published rows") for row in results.published()]
+    rows = results.latest(_own_rows()) if own else [_tellable(row, "published rows") for row in results.published()]
     chosen = [row for row in rows if name in (row["recipe"], row["data"]["name"])]
     if not chosen:
         known = [*recipes.RECIPES, *DATA_SETS, *(row["recipe"] for row in rows), *(row["data"]["name"] for row in rows)]

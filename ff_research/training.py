@@ -28,6 +28,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 from tqdm.auto import tqdm
 
+from .data import _shown
 from .goodness import row_factor, sum_of_squares
 from .labels import check_labels, check_room
 from .layers import FFLinear, Network, add_product_gradient, normalise, prepare, product
@@ -370,11 +371,6 @@ def save_checkpoint(path, tensors, epoch, settings, history, generator):
         raise OSError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
 
 # %% ../nbs/05_training.ipynb #343e7bed
-def _shown(text, most=1000):
-    "Foreign text as it may stand in a message: on one line, without control characters, and not endless."
-    text = repr(text)[1:-1] if isinstance(text, str) else repr(text)
-    return text if len(text) <= most else f"{text[:most]} …"
-
 def _difference(key, there, here):
     "Two unlike settings in words; of long texts, a network's say, the first lines that differ."
     if isinstance(there, str) and isinstance(here, str):
@@ -412,7 +408,7 @@ def read_checkpoint(path, settings):
     if differing:
         raise ValueError(f"{where} belongs to another run: {'; '.join(differing[:5])}{'; and more' if differing[5:] else ''}")
     turns = len({name.split(".")[1] for name in tensors if name.startswith("layer.")}) if settings.get("schedule") == "greedy" else 1
-    if "method" in settings and not (0 <= epoch <= settings["epochs"] * turns and _is_history(epochs, epoch)):
+    if not (0 <= epoch <= settings["epochs"] * turns and _is_history(epochs, epoch)):
         raise ValueError(f"{where}: damaged, its history is not that of the {_shown(epoch, 60)} epochs it claims; move it away to start afresh")
     return epoch, tensors, History(epochs)
 
