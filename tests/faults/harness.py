@@ -3,6 +3,7 @@
 The parent imports everything once and never trains, so a child costs a fork and not a start of Python. The victim is a small recipe
 on digits, run and published by the functions that the command line calls.
 """
+import contextlib
 import json
 import os
 import signal
@@ -32,36 +33,46 @@ def prepare():
     torch.optim.SGD([weight], lr=0.0).step()  # an optimiser's first step imports a thousand modules
 
 
-def in_child(work, timeout=120):
-    """Run `work()` in a forked child; gives (exit code, or minus the signal that ended it, and what it printed).
+def start(work, out):
+    "Fork a child that runs `work()` and prints into the open file `out`; gives its process number. It ends with the exit code that a command would give."
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:  # the child must not return into the parent's program
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def at_once(works, timeout=120):
+    """Run each `work()` in a forked child, all at the same time; gives for each (exit code, or minus the signal that ended it, and what it printed).
 
     A child that outlives the timeout is killed and reported as -SIGALRM.
     """
-    with tempfile.TemporaryFile() as out:
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(out.fileno(), 2)
-                for stop in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(stop, signal.SIG_DFL if stop == signal.SIGTERM else signal.default_int_handler)
-                work()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except KeyboardInterrupt:
-                code = 130
-            except BaseException:  # the child must not return into the parent's tests
-                traceback.print_exc()
-                code = 1
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = wait(pid, timeout)
-        out.seek(0)
-        return code, out.read().decode(errors="replace")
+    with contextlib.ExitStack() as stack:
+        outs = [stack.enter_context(tempfile.TemporaryFile()) for _ in works]
+        codes = [wait(pid, timeout) for pid in [start(work, out) for work, out in zip(works, outs)]]
+        for out in outs:
+            out.seek(0)
+        return [(code, out.read().decode(errors="replace")) for code, out in zip(codes, outs)]
+
+
+def in_child(work, timeout=120):
+    "The same for one child."
+    return at_once([work], timeout)[0]
 
 
 def wait(pid, timeout):

@@ -6,7 +6,6 @@ Each mishap is a function that stages it, looks at what was said and at what is 
 It returns the one line that the user saw.
 """
 import argparse
-import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -28,7 +27,7 @@ from ff_research.data import load
 from ff_research.layers import Network
 from ff_research.strategies import STRATEGIES
 from ff_research.training import train
-from tests.faults.harness import QUIET, command, essence, in_child, litter, prepare, rows_of, run_victim, wait
+from tests.faults.harness import QUIET, at_once, command, essence, in_child, litter, prepare, rows_of, run_victim
 
 
 class NotHere(Exception):
@@ -160,33 +159,6 @@ def clock_goes_backwards(folder, expected):
     assert code == 0, said
     assert essence(rows_of(folder)[0]) == expected and [row["seed"] for row in rows_of(folder, "published")] == [0, 1, 2]
     return "nothing to say: rows are known by their order in the file"
-
-
-def at_once(works, timeout=300):
-    "Several children at the same time; gives their exit codes and what they printed."
-    def child(work, path):
-        def tell():
-            with open(path, "w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-                work()
-        return tell
-    with tempfile.TemporaryDirectory() as place:
-        pids, paths = [], [Path(place) / str(i) for i in range(len(works))]
-        for work, path in zip(works, paths):
-            pid = os.fork()
-            if pid == 0:
-                code = 70
-                try:
-                    child(work, path)()
-                    code = 0
-                except SystemExit as end:
-                    code = end.code if isinstance(end.code, int) else 1
-                except BaseException as error:
-                    path.write_text(repr(error))
-                    code = 1
-                finally:
-                    os._exit(code)
-            pids.append(pid)
-        return [(wait(pid, timeout), path.read_text()) for pid, path in zip(pids, paths)]
 
 
 def processes_at_the_same_job(folder, expected, processes=2):
