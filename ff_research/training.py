@@ -193,6 +193,7 @@ class _Learner:
         self.twin = layer if dtype == torch.float32 else copy.deepcopy(layer).to(dtype)
         self.heads = list(objective.parameters())
         self.loudness = torch.zeros((), device=next(layer.parameters()).device)  # of all activity in an epoch: its sums of squares, added up
+        self.revivable = False  # whether a gradient reaches units that are silent
         self.master = [p.detach() for p in (*layer.parameters(), *self.heads)]
         self.copies = [p.detach() for p in (*self.twin.parameters(), *self.heads)]
         self.optimizer = OPTIMIZERS[optimizer](self.master, self.copies, weight_decay)
@@ -231,6 +232,7 @@ class _Learner:
                 total = loss + self.peer(leaves[2])
         total.backward()
         self.loudness += squares.sum()
+        self.revivable = getattr(self.layer, "full_gradient", False) and leaves[0].grad is not None
         self.descend(x, self.product_gradient(h, positives, *(leaf.grad for leaf in leaves)), factor)
         return loss.detach(), g.detach()
 
@@ -340,7 +342,7 @@ def _examine(learners, seen, epoch, first=0):
         loudness, learner.loudness = learner.loudness.item(), torch.zeros_like(learner.loudness)
         if not (math.isfinite(loudness) and all(torch.isfinite(w).all() for w in learner.master)):
             raise Diverged(f"training diverged in epoch {epoch + 1}, layer {i}: its weights or its activity are not finite; try a smaller lr")
-        if loudness == 0 and not getattr(learner.layer, "full_gradient", False):  # with the full gradient some objectives revive a silent layer
+        if loudness == 0 and not learner.revivable:
             raise Diverged(f"layer {i} is silent: its activity was 0 for every image of epoch {epoch + 1}, and so is its gradient; are the images blank, or is lr too large?")
     return seen
 

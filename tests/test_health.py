@@ -1,4 +1,5 @@
 """Numerical health: extreme goodness, thresholds, scales and images; layers that have died; and weights that are not finite."""
+import contextlib
 import math
 from dataclasses import replace
 
@@ -408,3 +409,16 @@ def test_a_run_that_diverged_leaves_the_images_and_says_so_once():
         run("label_embedding", images, lr=1e30)
     assert torch.equal(images.x_train, kept.x_train) and "\n" not in str(error.value)
     assert layer_goodness(Network([20, 8, 8]), images.x_test, 3, **CPU).isfinite().all()
+
+
+@pytest.mark.parametrize("objective, stops", [(hinton(), True), (symba(), True), (hinton(theta=0.4, goodness=mean_activity), False)])
+def test_the_full_gradient_excuses_a_silent_layer_only_where_it_can_revive_it(objective, stops):
+    "The square of an activity of zero has no gradient, full or not, and peer normalisation finds all units alike."
+    network = Network([16, 8, 8], peer=0.03, full_gradient=True)
+    with torch.no_grad():
+        network.layers[1].weight.zero_()
+        network.layers[1].bias.fill_(-1e-6)
+    pixels = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = Images("random", pixels, torch.arange(20) % 2, pixels[:2], torch.arange(2), 2)
+    with pytest.raises(Diverged, match="layer 2 is silent") if stops else contextlib.nullcontext():
+        train(network, images, STRATEGIES["label_embedding"](2), epochs=1, objective=objective, batch_size=5, progress=False, device="cpu", precision="fp32")
