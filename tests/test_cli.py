@@ -132,10 +132,10 @@ def test_stopped_by_hand_says_so_and_goes_on(folder):
     checkpoint, path = folder / "results" / "checkpoints" / "digits-0.safetensors", folder / "results" / "digits.jsonl"
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell that puts the tests into the background has it ignored
     process = subprocess.Popen([*PROGRAM, "run", "digits", "--seeds", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    for _ in range(600):
-        if checkpoint.exists() or process.poll() is not None:
+    for _ in range(6000):  # until the first epoch is done: before it the signal may meet a progress bar that is being made, and Python tells of that
+        if process.poll() is not None or checkpoint.exists() and not re.search(rb'"epoch":"0"', checkpoint.read_bytes()):
             break
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.splitlines()[-1].startswith("ff-research: stopped; ") and "Traceback" not in err
