@@ -104,7 +104,7 @@ def tune(names: Annotated[list[str], typer.Argument(help="recipes that have a se
          results_folder: Annotated[Optional[Path], typer.Option("--results", help="folder of the rows")] = None):
     "Search a recipe's open settings on validation images. One row a trial; what is there is skipped."
     for name in names:
-        recipes.settings(name)
+        recipes.stages(name)
     for name in names:
         rows = list(recipes.tune(name, epochs=epochs, folder=results_folder))
         for row in sorted(rows, key=recipes.validation_error):
