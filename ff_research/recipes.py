@@ -336,7 +336,7 @@ LR_GRID = dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.003, 0.0
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.method != "random":
         second = dict(options=((("theta", 250),), (("theta", 1000),))) if r.objective == "hinton" else dict(weight_decay=(0.0, 3e-3))
-        SEARCHES[name] = dict(lr=LR_GRID.get(r.strategy if r.method == "ff" else r.method, (0.0001, 0.0003, 0.001, 0.003))), second
+        SEARCHES[name] = dict(lr=LR_GRID.get(r.strategy if r.method == "ff" else r.method, (0.0003, 0.001, 0.003, 0.01))), second
 
 def _tuples(v):
     "Lists, which JSON knows, as the tuples that a recipe holds, inner ones too."
