@@ -180,16 +180,16 @@ def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=4
 # %% ../nbs/06_readout.ipynb #536e68f6
 @torch.no_grad()
 def fit_ridge(f, y, num_classes, l2=(1.0, 1e-1, 1e-2, 1e-3, 1e-4), validation=None):
-    """Fit a `Probe` by least squares to one-hot labels, in closed form; all strengths `l2` from one eigendecomposition.
+    """Fit a `Probe` by least squares to one-hot labels, in closed form; all strengths `l2` from one pass over the features.
 
     Arguments and errors as in `fit_probe`. The logits are estimates of the one-hot labels, for `argmax` and not for a softmax.
     """
     z, y, mean, scale = _standardised(f, y)
     target = torch.nn.functional.one_hot(y, num_classes).to(z.dtype)
     bias = target.mean(0)
-    values, vectors = torch.linalg.eigh((z.T @ z).cpu().double() / len(z))
-    turned = vectors.T @ (z.T @ (target - bias)).cpu().double() / len(z)
-    weights = {s: vectors @ (turned / (values.clamp_min(0) + s)[:, None]) for s in sorted(l2, reverse=True)}
+    covariance, towards = ((z.T @ other).cpu().double() / len(z) for other in (z, target - bias))
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    weights = {s: torch.cholesky_solve(towards, torch.linalg.cholesky(covariance + s * eye)) for s in sorted(l2, reverse=True)}
     return _chosen([Probe(weight.to(z.dtype).to(z.device), bias, mean, scale, s) for s, weight in weights.items()], validation)
 
 # %% ../nbs/06_readout.ipynb #e64550fe
