@@ -332,7 +332,7 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
             "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04, 0.08))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody
-LR_GRID = dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.003, 0.01, 0.03, 0.1), backprop=(0.01, 0.03, 0.1, 0.3))
+LR_GRID = dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.method != "random":
         second = dict(options=((("theta", 250),), (("theta", 1000),))) if r.objective == "hinton" else dict(weight_decay=(0.0, 3e-3))
