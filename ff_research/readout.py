@@ -189,6 +189,8 @@ def fit_ridge(f, y, num_classes, l2=(1.0, 1e-1, 1e-2, 1e-3, 1e-4), validation=No
     bias = target.mean(0)
     covariance, towards = ((z.T @ other).cpu().double() / len(z) for other in (z, target - bias))
     eye = torch.eye(len(covariance), dtype=torch.float64)
+    if torch.linalg.cholesky_ex(covariance + min(l2) * eye).info:  # the rounding of the product is larger than l2
+        covariance = z.T.cpu().double() @ z.cpu().double() / len(z)
     weights = {s: torch.cholesky_solve(towards, torch.linalg.cholesky(covariance + s * eye)) for s in sorted(l2, reverse=True)}
     return _chosen([Probe(weight.to(z.dtype).to(z.device), bias, mean, scale, s) for s, weight in weights.items()], validation)
 
