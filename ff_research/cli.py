@@ -94,7 +94,8 @@ def run(names: Annotated[list[str], typer.Argument(help="recipes, as `ff-researc
 # %% ../nbs/93_cli.ipynb #0a074165
 def _told(errors):
     "Errors of one row in a line."
-    flat = {key: value for key, value in errors.items() if key != "probe"} | {f"probe {key}": value for key, value in errors.get("probe", {}).items()}
+    nested = {key: {"": value} if isinstance(value, float) else value for key, value in errors.items()}
+    flat = {f"{kind} {key}".strip(): value for kind, found in nested.items() for key, value in found.items()}
     return ", ".join(f"{key} {value:.2f} %" for key, value in flat.items())
 
 # %% ../nbs/93_cli.ipynb #a6d1d4bc
@@ -115,8 +116,9 @@ READOUTS = {"per_label": "per-label goodness", "head": "trained head"}
 
 def _probe(rows):
     "The key of the probe that a table shows, the last one of a row: of all upper layers together where there are several."
-    probe = results.value(rows[0], "errors.test.probe")
-    return f"errors.test.probe.{list(probe)[-1] if probe and isinstance(probe, dict) else 'none'}"
+    kind = "ridge" if results.value(rows[0], "errors.test.ridge") else "probe"
+    probe = results.value(rows[0], f"errors.test.{kind}")
+    return f"errors.test.{kind}.{list(probe)[-1] if probe and isinstance(probe, dict) else 'none'}"
 
 def _tellable(row, source="rows"):
     "The row. Raises ValueError, which names the source, for one that lacks what a table shows."
@@ -132,7 +134,7 @@ def summary_table(rows):
         mine = [row for row in rows if row["recipe"] == name]
         line = {"recipe": name, "data": mine[0]["data"]["name"], "seeds": len(mine), "seconds": results.spread(results.summary(mine, "seconds"), 0)}
         line |= {key: results.spread(results.summary(mine, f"errors.test.{key}")) for key in READOUTS}
-        lines.append(line | {"probe": results.spread(results.summary(mine, _probe(mine))), "probe_of": _probe(mine).rpartition(".")[2].replace("_", " ")})
+        lines.append(line | {"probe": results.spread(results.summary(mine, _probe(mine))), "probe_of": _probe(mine).rpartition(".")[2].replace("_", " ") + (", ridge" if ".ridge." in _probe(mine) else "")})
     return lines
 
 COLUMNS = {"recipe": "recipe", "data": "data", "seeds": "seeds", **READOUTS, "probe": "linear probe", "probe_of": "probe of", "seconds": "seconds"}

@@ -38,7 +38,7 @@ import ff_research
 from .data import as_float, hold_out, load, validation_size
 from .goodness import hinton, swish_symba, symba
 from .layers import Network
-from .readout import features, fit_ridge, head_error, per_label_goodness, probe_errors
+from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
 from .results import append_row, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
 from .training import COLLABORATIONS, LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, _one_of, best_device, best_precision, train, train_backprop
@@ -54,7 +54,7 @@ class Recipe:
     """Everything that a rerun needs. `method` is "ff", "backprop", "random" (an untrained network) or "pixels" (no network).
 
     widths: units of each layer; objective: a name of `OBJECTIVES` and its options, or None for the strategy's own;
-    probes: "softmax", or "ridge", which reads each layer by the faster `fit_ridge`, and the softmax only layers 2…L together;
+    probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker);
     target: the published number that the recipe is to reach, with its source. Raises ValueError for a field that no run can use.
     """
     name: str
@@ -172,7 +172,7 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
     RECIPES[f"{short}-random"] = replace(GRID, name=f"{short}-random", data=data, method="random", strategy="image_mixing", epochs=0, **OWN)
     for mode in ("previous", "all"):
         RECIPES[f"{short}-collaboration-{mode}"] = replace(GRID, name=f"{short}-collaboration-{mode}", data=data, collaboration=mode)
-RECIPES["pixels-cifar10"] = Recipe("pixels-cifar10", "cifar10", method="pixels", widths=(), epochs=0)
+    RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
@@ -228,21 +228,14 @@ def _fit(recipe, network, images, seed, checkpoint, progress, **where):
     return train(network, images, strategy, objective=objective, schedule=recipe.schedule, collaboration=recipe.collaboration, **shared)
 
 # %% ../nbs/90_recipes.ipynb #47a7cae0
-def _probed(recipe, network, images, test, **where):
-    """Errors of the recipe's linear probes, "probe" (softmax) or "ridge": {kind: {part: {features: error}}}."""
+def _probed(recipe, network, images, **where):
+    """Errors of the recipe's linear probes, under "probe" (softmax) or "ridge": {kind: {part: {features: error}}}."""
+    kind, fit = ("probe", fit_probe) if recipe.probes == "softmax" else ("ridge", fit_ridge)
     if recipe.method == "pixels":
-        found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images)
-        return {"probe": {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
+        found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images, fit)
+        return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
     neutral = recipe.method in ("ff", "random") and STRATEGIES[recipe.strategy].contrasts_labels
-    sides = [features(network, x, images.num_classes if neutral else None, **where) for x in (images.x_train, images.x_test)]
-    if recipe.probes == "softmax":
-        return {"probe": probe_errors(*sides, images)}
-    found = {"ridge": probe_errors(*sides, images, fit_ridge)}
-    if test:  # trials are told apart by the ridge
-        upper = list(found["ridge"]["test"])[-1]
-        joined = probe_errors(*([torch.cat(side[1:] or side, 1)] for side in sides), images)
-        found["probe"] = {part: {upper: errors["layer_1"]} for part, errors in joined.items()}
-    return found
+    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, **where)}
 
 # %% ../nbs/90_recipes.ipynb #e8e56e56
 def _measure(recipe, network, images, validation, test, probe=True, **where):
@@ -258,7 +251,7 @@ def _measure(recipe, network, images, validation, test, probe=True, **where):
             errors[part]["head"] = head_error(network, sets[part], **where)
     if not probe and errors[parts[0]]:
         return errors
-    for kind, found in _probed(recipe, network, images, test, **where).items():
+    for kind, found in _probed(recipe, network, images, **where).items():
         for part in parts:
             errors[part][kind] = {name: round(error, 4) for name, error in found[part].items()}
     return errors
@@ -332,11 +325,11 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
             "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04, 0.08))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody
-LR_GRID = dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
+LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 for name, r in RECIPES.items():
-    if r.probes == "ridge" and r.method != "random":
+    if r.probes == "ridge" and r.epochs:
         second = dict(options=((("theta", 250),), (("theta", 1000),))) if r.objective == "hinton" else dict(weight_decay=(0.0, 3e-3))
-        SEARCHES[name] = dict(lr=LR_GRID.get(r.strategy if r.method == "ff" else r.method, (0.0003, 0.001, 0.003, 0.01))), second
+        SEARCHES[name] = dict(lr=LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))), second
 
 def _tuples(v):
     "Lists, which JSON knows, as the tuples that a recipe holds, inner ones too."
