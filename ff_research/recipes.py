@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECIPES', 'DIGITS',
-           'DIGITS_LR', 'GRID', 'OWN', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES', 'LR_GRID', 'Recipe', 'recipe',
-           'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep',
-           'run_many']
+           'DIGITS_LR', 'GRID', 'OWN', 'FOUND', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES', 'LR_GRID', 'TARGETS',
+           'MEASURES', 'Recipe', 'recipe', 'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials',
+           'publish_trials', 'run_and_keep', 'measure', 'measured', 'publish_measures', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -36,11 +36,13 @@ from safetensors.torch import load_file, save_file
 
 import ff_research
 from .data import as_float, hold_out, load, validation_size
+from .diagnostics import diagnose
 from .goodness import hinton, swish_symba, symba
 from .layers import Network
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
-from .results import append_row, read_rows, results_folder, same_run
+from .results import append_row, latest, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
+from .transfer import transfer_row
 from .training import COLLABORATIONS, LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, _one_of, best_device, best_precision, train, train_backprop
 
 # %% ../nbs/90_recipes.ipynb #81522fb9
@@ -173,6 +175,25 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
     for mode in ("previous", "all"):
         RECIPES[f"{short}-collaboration-{mode}"] = replace(GRID, name=f"{short}-collaboration-{mode}", data=data, collaboration=mode)
     RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
+
+# %% ../nbs/90_recipes.ipynb #ca70d20e
+FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: lr, and theta or, where there is none, weight decay; None: as it was
+    "label-embedding": ((0.003, 1000), (0.001, 250), None),
+    "class-confusion": ((0.003, 1000), (0.001, 250), None),
+    "hard-mining": ((0.003, 250), (0.001, None), None),
+    "image-mixing": ((0.001, 1000), (0.001, None), None),
+    "masking": ((0.001, 1000), (0.0003, 1000), None),
+    "random-noise": ((0.001, None), (0.0003, None), None),
+    "layer-wise": ((0.0003, None), (0.001, 1000), None),
+    "adversarial": ((0.001, 1000), (0.0003, 1000), None),
+    "self-contrastive": ((0.03, 0.003), (0.03, None), None),
+    "mono-forward": ((0.1, None), (0.03, None), None),
+    "backprop": ((0.03, 0.0), (0.01, 0.0), None)}
+for what, settings in FOUND.items():
+    for short, (lr, second) in ((s, found) for s, found in zip(("mnist", "fashion", "cifar10"), settings) if found):
+        name = f"{short}-{what}"
+        more = {} if second is None else dict(options=(("theta", second),)) if RECIPES[name].objective else dict(weight_decay=second)
+        RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
@@ -393,10 +414,14 @@ def _is_there(path, recipe, seed):
     "Whether the results hold a row of this recipe, as it is configured now, with this seed."
     return any(same_run(row, dict(recipe=recipe.name, config=_config(recipe), seed=seed)) for row in read_rows(path))
 
+def _weights_path(name, seed, folder=None):
+    "Where a recipe's trained network is kept."
+    return results_folder(folder) / "networks" / f"{name}-{seed}.safetensors"
+
 def run_and_keep(name, seed, *, folder=None, progress=True, **options):
     """Run a recipe by name unless its row is there, with a checkpoint beside the rows; gives the new row, or None if it was there.
 
-    folder: of the rows, as in `results_folder`; options: as in `run`. Raises ValueError for test=False: rows of tuning are not results.
+    folder: of the rows, as in `results_folder`; its part `networks` keeps the weights of recipes of the grid. options: as in `run`. Raises ValueError for test=False: rows of tuning are not results.
     """
     chosen, folder, seed = recipe(name), results_folder(folder), _check_seed(seed)
     if not options.get("test", True):
@@ -406,12 +431,66 @@ def run_and_keep(name, seed, *, folder=None, progress=True, **options):
         return None
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{checkpoint}.job") as lock:  # another process with the same job waits here, and then finds its row
+        if chosen.probes == "ridge":
+            options.setdefault("keep", _weights_path(name, seed, folder))
         row = None if _is_there(path, chosen, seed) else run(chosen, seed, checkpoint=checkpoint if chosen.epochs else None, progress=progress, **options)
         if row is not None:
             append_row(path, row, same=same_run)
         checkpoint.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
     return row
+
+# %% ../nbs/90_recipes.ipynb #52f519a4
+TARGETS = {"mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",), "cifar10": ("mnist", "fashion_mnist")}  # other sources are their own target
+
+def _strategy_of(recipe, num_classes):
+    "The strategy that trained a recipe's network; None for other methods."
+    return STRATEGIES[recipe.strategy](num_classes=num_classes) if recipe.method == "ff" else None
+
+def _diagnosed(recipe, network, images, seed, root, where):
+    return diagnose(network, images, _strategy_of(recipe, images.num_classes), seed=seed, **where)
+
+def _transferred(recipe, network, images, seed, root, where):
+    targets = [load(name, root=root) for name in TARGETS.get(recipe.data, (recipe.data,))]
+    neutral = recipe.method == "ff" and STRATEGIES[recipe.strategy].contrasts_labels
+    return transfer_row(network, images.shape, targets, neutral_label=neutral, **where)
+
+MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred}
+
+# %% ../nbs/90_recipes.ipynb #7955b107
+def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precision="auto"):
+    """Measure a recipe's trained network once more, and keep the row in the part `kind` of the results; gives the row, or None if it was there.
+
+    kind: a name of `MEASURES`. The network is the one that `run_and_keep` has kept; where it is not there, it is trained again.
+    Raises ValueError for an unknown kind or recipe, or a recipe without a network.
+    """
+    _one_of(kind, tuple(MEASURES), "measure")
+    chosen, path = recipe(name), results_folder(folder) / kind / f"{name}.jsonl"
+    if chosen.method == "pixels":
+        raise ValueError(f"recipe {name!r} has no network to measure")
+    if _is_there(path, chosen, _check_seed(seed)):
+        return None
+    device = best_device(device)
+    where, weights = dict(device=device.type, precision=best_precision(precision, device)), _weights_path(name, seed, folder)
+    if not weights.exists():
+        run(chosen, seed, root=root, progress=False, test=False, probe=False, keep=weights, **where)
+    images, network, start = load(chosen.data, root=root), trained(chosen, weights, root), time.perf_counter()
+    found = MEASURES[kind](chosen, network, images, seed, root, where)
+    row = dict(recipe=name, seed=seed, config=_config(chosen), weights=_fingerprint(network), data=dict(name=images.name), **{kind: found},
+               seconds_in_all=round(time.perf_counter() - start, 2), **origin(device, where["precision"]))
+    append_row(path, row, same=same_run)
+    return row
+
+def measured(kind, name, folder=None):
+    "The rows of a measure of a recipe's networks: of a results folder, or those that come with the package."
+    _one_of(kind, tuple(MEASURES), "measure")
+    folder = Path(str(files("ff_research"))) / "published" if folder is None else results_folder(folder)
+    return latest(read_rows(folder / kind / f"{recipe(name).name}.jsonl"))
+
+def publish_measures(name, folder=None):
+    "Copy all measures of a recipe's networks into the package; gives how many rows were new."
+    target = Path(str(files("ff_research"))) / "published"
+    return sum(append_row(target / kind / f"{recipe(name).name}.jsonl", row, same=same_run) for kind in MEASURES for row in measured(kind, name, results_folder(folder)))
 
 # %% ../nbs/90_recipes.ipynb #0a730dcc
 def _worker(name, seed, threads, options):

@@ -1,4 +1,5 @@
 """Read-outs: against the naive loop over labels and scikit-learn's optimum, and with unusual or unusable input."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from ff_research.data import load
 from ff_research.goodness import mean_activity, mean_of_squares, sum_of_squares
 from ff_research.labels import neutral, overlay
 from ff_research.layers import Network, activities
-from ff_research.readout import (Probe, features, fit_probe, head_error, label_goodness, linear_probe, per_label_goodness, probe_errors,
+from ff_research.readout import (Probe, features, fit_probe, fit_ridge, head_error, label_goodness, linear_probe, per_label_goodness, probe_errors,
                                  softmax_head)
 from ff_research.strategies import STRATEGIES
 from ff_research.training import train, train_backprop
@@ -239,3 +240,56 @@ def test_wrong_input(digits, network, call, message):
     with pytest.raises(ValueError) as error:
         call(network, digits)
     assert message in str(error.value)
+
+
+# The reader in closed form
+
+def some_features(n=400, d=30, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    y = torch.randint(0, 4, (n,), generator=generator)
+    return torch.randn(n, d, generator=generator, dtype=dtype) + torch.nn.functional.one_hot(y, d).to(dtype), y
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-3])
+def test_ridge_is_the_minimum_of_its_objective(strength):
+    "The gradient of mean squares plus l2 times squared weights vanishes."
+    f, y = some_features(dtype=torch.float64)
+    probe = fit_ridge(f, y, 4, l2=(strength,))
+    z = (f - probe.mean) * probe.scale
+    weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
+    loss = (z @ weight + bias - torch.nn.functional.one_hot(y, 4)).square().sum() / len(y) + strength * weight.square().sum()
+    assert all(g.abs().max() < 1e-10 for g in torch.autograd.grad(loss, (weight, bias)))
+
+
+def test_ridge_chooses_on_validation_and_takes_the_strongest_of_equals():
+    f, y = some_features()
+    strengths = (1.0, 1e-2, 1e-4)
+    errors = {s: fit_ridge(f[:200], y[:200], 4, l2=(s,)).error(f[200:], y[200:]) for s in strengths}
+    assert errors[fit_ridge(f[:200], y[:200], 4, l2=strengths[::-1], validation=(f[200:], y[200:])).l2] == min(errors.values())
+    assert fit_ridge(f, y, 4, l2=(1e-4, 1.0)).l2 == 1.0
+    assert fit_ridge(f[:, :0], y, 4, validation=(f[:, :0], y)).l2 == 1.0
+
+
+def test_ridge_of_dead_doubled_and_too_many_features():
+    f, y = some_features(50, 30)
+    dead = torch.cat([f, torch.zeros(50, 5), f, torch.full((50, 200), 3.0)], 1)
+    probe = fit_ridge(dead, y, 4)
+    assert torch.isfinite(probe.logits(dead)).all() and probe.weight[30:35].abs().max() == 0 == probe.weight[65:].abs().max()
+    assert fit_ridge(torch.ones(50, 7), y, 4).error(torch.ones(50, 7), y) == pytest.approx(100 - 100 * y.bincount().max().item() / 50)
+
+
+@pytest.mark.parametrize("change, message", [(lambda f, y: (f.index_fill(0, torch.tensor([3]), math.nan), y), "NaN or infinite"),
+                                             (lambda f, y: (f, y[:-1]), "as many labels"), (lambda f, y: (f[:0], y[:0]), "at least one")])
+def test_ridge_refuses_what_the_softmax_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        fit_ridge(*change(*some_features()), 4)
+
+
+def test_ridge_survives_features_that_are_nearly_one():
+    "A layer that has collapsed: thousands of copies of one feature, apart by rounding only."
+    generator = torch.Generator().manual_seed(0)
+    one, y = torch.randn(3000, 1, generator=generator), torch.randint(0, 4, (3000,), generator=generator)
+    f = one.expand(-1, 1500) * (1 + 1e-6 * torch.randn(1500, generator=generator))
+    probe = fit_ridge(f, y, 4, l2=(1e-4, 1e-6))
+    assert torch.isfinite(probe.weight).all() and probe.error(f, y) < 80
+    torch.testing.assert_close(probe.logits(f), fit_ridge(one, y, 4, l2=(1e-9,)).logits(one), rtol=0, atol=1e-2)

@@ -252,3 +252,101 @@ def test_rows_are_appended_to_the_folder_that_is_named(tiny, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     run_and_keep("pixels-digits", 0, **QUIET)
     assert (tmp_path / "from_environment" / "pixels-digits.jsonl").exists() and not Path("results").exists()
+
+
+# Searches in stages, kept networks, measures
+
+RIDGE = replace(TINY, name="ridge", objective="hinton", probes="ridge", epochs=1)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    "A recipe of the test's own among those of the book."
+    monkeypatch.setitem(recipes.RECIPES, "ridge", RIDGE)
+    return RIDGE
+
+
+def test_a_stage_starts_from_the_best_so_far(known, tmp_path, monkeypatch):
+    search = dict(lr=(1e-3, 1e-2)), dict(options=((("theta", 30),), (("theta", 120),)))
+    monkeypatch.setitem(recipes.SEARCHES, "ridge", search)
+    rows = list(recipes.tune("ridge", folder=tmp_path, **QUIET))
+    first, second = [row["trial"] for row in rows[:2]], [row["trial"] for row in rows[2:]]
+    best = min(rows[:2], key=recipes.validation_error)["trial"]["lr"]
+    assert first == [{"lr": 1e-3}, {"lr": 1e-2}]
+    assert second == [{"lr": best, "options": [["theta", theta]]} for theta in (30, 120)]
+    assert all(row["config"]["options"] == row["trial"].get("options", []) for row in rows)
+    assert all(set(row["errors"]["validation"]) == {"per_label", "ridge"} and "test" not in row["errors"] for row in rows)
+    assert list(recipes.tune("ridge", folder=tmp_path, **QUIET)) == rows, "a second call makes nothing again"
+
+
+def test_stages_of_a_recipe_without_a_search():
+    with pytest.raises(ValueError, match="search"):
+        recipes.stages("random")
+    assert recipes.stages("symba") == (recipes.SEARCHES["symba"],)
+
+
+def test_ridge_probes_stand_under_a_name_of_their_own():
+    errors = run(replace(RIDGE, widths=(60, 60, 60)), 0, **QUIET)["errors"]
+    assert set(errors) == {"validation", "test"}
+    for part in errors.values():
+        assert list(part["ridge"]) == ["layer_1", "layer_2", "layer_3", "layers_2_to_3"] and "probe" not in part
+        assert all(0 <= e <= 100 for e in part["ridge"].values())
+
+
+def test_collaboration_is_a_setting_that_changes_the_network():
+    alone, all_ = (run(replace(RIDGE, collaboration=mode), 0, **QUIET) for mode in (None, "all"))
+    assert "collaboration" not in alone["config"] and all_["config"]["collaboration"] == "all"
+    assert alone["weights"] != all_["weights"]
+    with pytest.raises(ValueError, match="did you mean 'previous'"):
+        replace(RIDGE, collaboration="previus")
+    with pytest.raises(ValueError, match="did you mean 'ridge'"):
+        replace(RIDGE, probes="rigde")
+
+
+@pytest.mark.parametrize("method", ["ff", "backprop", "random"])
+def test_a_kept_network_is_the_one_that_was_measured(method, tmp_path):
+    r = replace(RIDGE, method=method, epochs=0 if method == "random" else 1)
+    row = run(r, 2, keep=tmp_path / "deep" / "w.safetensors", **QUIET)
+    network = recipes.trained(r, tmp_path / "deep" / "w.safetensors")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
+    assert recipes._fingerprint(network) == row["weights"]
+
+
+def test_weights_that_are_not_the_recipes(tmp_path):
+    path = tmp_path / "w.safetensors"
+    run(RIDGE, 0, keep=path, test=False, probe=False, **QUIET)
+    with pytest.raises(ValueError, match="another network than that of recipe 'ridge'"):
+        recipes.trained(replace(RIDGE, widths=(61, 60)), path)
+    with pytest.raises(ValueError, match="another network"):
+        recipes.trained(replace(RIDGE, method="backprop"), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="holds no weights"):
+        recipes.trained(RIDGE, path)
+    with pytest.raises(ValueError, match="holds no weights"):
+        recipes.trained(RIDGE, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", recipes.MEASURES)
+def test_a_measure_needs_no_second_training(known, kind, tmp_path, monkeypatch):
+    row = recipes.run_and_keep("ridge", 0, folder=tmp_path, **QUIET)
+    trained_again = []
+    monkeypatch.setattr(recipes, "run", lambda *a, **k: trained_again.append(a))
+    measured = recipes.measure(kind, "ridge", 0, folder=tmp_path, device="cpu", precision="fp32")
+    assert not trained_again and measured["weights"] == row["weights"] and measured["config"] == row["config"] and measured[kind]
+    assert recipes.measure(kind, "ridge", 0, folder=tmp_path) is None
+    assert recipes.measured(kind, "ridge", tmp_path) == [measured]
+    assert json.loads(json.dumps(measured)) == measured
+
+
+def test_a_network_that_was_not_kept_is_trained_for_its_measure(known, tmp_path):
+    row = recipes.run_and_keep("ridge", 1, folder=tmp_path, **QUIET)
+    (tmp_path / "networks" / "ridge-1.safetensors").unlink()
+    assert recipes.measure("diagnostics", "ridge", 1, folder=tmp_path, device="cpu", precision="fp32")["weights"] == row["weights"]
+
+
+def test_impossible_measures(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'transfer'"):
+        recipes.measure("transfr", "random", folder=tmp_path)
+    with pytest.raises(ValueError, match="'pixels' has no network"):
+        recipes.measure("transfer", "pixels", folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
