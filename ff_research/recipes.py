@@ -452,8 +452,8 @@ def _diagnosed(recipe, network, images, seed, root, where):
 
 def _transferred(recipe, network, images, seed, root, where):
     targets = [load(name, root=root) for name in TARGETS.get(recipe.data, (recipe.data,))]
-    neutral = recipe.method == "ff" and STRATEGIES[recipe.strategy].contrasts_labels
-    return transfer_row(network, images.shape, targets, neutral_label=neutral, **where)
+    neutral = images.num_classes if recipe.method == "ff" and STRATEGIES[recipe.strategy].contrasts_labels else False
+    return transfer_row(network, images.shape, targets, neutral_label=neutral, shots=(1, 10), **where)
 
 MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred}
 
