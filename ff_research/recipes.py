@@ -349,8 +349,9 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs:
-        second = dict(options=((("theta", 250),), (("theta", 1000),))) if r.objective == "hinton" else dict(weight_decay=(0.0, 3e-3))
-        SEARCHES[name] = dict(lr=LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))), second
+        field, start, others = ("options", (), ((("theta", 250),), (("theta", 1000),))) if r.objective == "hinton" else ("weight_decay", 3e-4, (0.0, 3e-3))
+        rates = LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
+        SEARCHES[name] = {"lr": rates, field: (start,)}, {field: others}
 
 def _tuples(v):
     "Lists, which JSON knows, as the tuples that a recipe holds, inner ones too."
