@@ -177,20 +177,20 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
     RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
 
 # %% ../nbs/90_recipes.ipynb #ca70d20e
-FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: lr, and theta or, where there is none, weight decay; None: as it was
-    "label-embedding": ((0.003, 1000), (0.001, 250), None),
-    "class-confusion": ((0.003, 1000), (0.001, 250), None),
-    "hard-mining": ((0.003, 250), (0.001, None), None),
-    "image-mixing": ((0.001, 1000), (0.001, None), None),
-    "masking": ((0.001, 1000), (0.0003, 1000), None),
-    "random-noise": ((0.001, None), (0.0003, None), None),
-    "layer-wise": ((0.0003, None), (0.001, 1000), None),
-    "adversarial": ((0.001, 1000), (0.0003, 1000), None),
-    "self-contrastive": ((0.03, 0.003), (0.03, None), None),
-    "mono-forward": ((0.1, None), (0.03, None), None),
-    "backprop": ((0.03, 0.0), (0.01, 0.0), None)}
+FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, and theta or, where there is none, weight decay, None: as it was)
+    "label-embedding": ((0.003, 1000), (0.001, 250), (0.0001, None)),
+    "class-confusion": ((0.003, 1000), (0.001, 250), (0.0001, None)),
+    "hard-mining": ((0.003, 250), (0.001, None), (0.0001, 250)),
+    "image-mixing": ((0.001, 1000), (0.001, None), (0.0001, 1000)),
+    "masking": ((0.001, 1000), (0.0003, 1000), (0.0003, 1000)),
+    "random-noise": ((0.001, None), (0.0003, None), (0.0001, 1000)),
+    "layer-wise": ((0.0003, None), (0.001, 1000), (3e-05, 1000)),
+    "adversarial": ((0.001, 1000), (0.0003, 1000), (1e-05, 1000)),
+    "self-contrastive": ((0.03, 0.003), (0.03, None), (0.01, None)),
+    "mono-forward": ((0.1, None), (0.03, None), (0.01, 0.0)),
+    "backprop": ((0.03, 0.0), (0.01, 0.0), (0.01, None))}
 for what, settings in FOUND.items():
-    for short, (lr, second) in ((s, found) for s, found in zip(("mnist", "fashion", "cifar10"), settings) if found):
+    for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
         more = {} if second is None else dict(options=(("theta", second),)) if RECIPES[name].objective else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
