@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import ff_research
@@ -278,12 +278,24 @@ def _measure(recipe, network, images, validation, test, probe=True, **where):
     return errors
 
 # %% ../nbs/90_recipes.ipynb #e4f61d7f
-def _save(network, path):
+def _told_by(recipe, seed):
+    "What a file of weights says of its origin."
+    return {"run": json.dumps([_config(recipe), seed])}
+
+def _is_kept(path, recipe, seed):
+    "Whether a file holds weights of this recipe, as it is configured now, with this seed."
+    try:
+        with safe_open(path, framework="pt") as f:
+            return f.metadata() == _told_by(recipe, seed)
+    except (SafetensorError, OSError):
+        return False
+
+def _save(network, path, recipe, seed):
     "Write the weights of a network's layers, and of its head where it has one, as safetensors; whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file({key: t.cpu().contiguous() for key, t in network.state_dict().items() if key.startswith(("layers.", "head."))}, part)
+    save_file({key: t.cpu().contiguous() for key, t in network.state_dict().items() if key.startswith(("layers.", "head."))}, part, _told_by(recipe, seed))
     part.replace(path)
 
 def trained(recipe, path, root=None):
@@ -331,7 +343,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
             epochs = _fit(recipe, network, replace(validation, name=images.name), seed, checkpoint, progress, **where).epochs
             seconds = sum(epoch["seconds"] for epoch in epochs)
     if keep is not None and network is not None:
-        _save(network, keep)
+        _save(network, keep, recipe, seed)
     errors = _measure(recipe, network, images, validation, test, probe, **where)
     shown = len(validation.y_train) * len(epochs)
     return dict(recipe=recipe.name, seed=seed, config=_config(recipe), errors=errors, weights=_fingerprint(network),
@@ -462,7 +474,7 @@ MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred}
 def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precision="auto"):
     """Measure a recipe's trained network once more, and keep the row in the part `kind` of the results; gives the row, or None if it was there.
 
-    kind: a name of `MEASURES`. The network is the one that `run_and_keep` has kept; where it is not there, it is trained again.
+    kind: a name of `MEASURES`. The network is the one that `run_and_keep` has kept; where it is not there, or had other settings, it is trained again.
     Raises ValueError for an unknown kind or recipe, or a recipe without a network.
     """
     _one_of(kind, tuple(MEASURES), "measure")
@@ -473,7 +485,7 @@ def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precis
         return None
     device = best_device(device)
     where, weights = dict(device=device.type, precision=best_precision(precision, device)), _weights_path(name, seed, folder)
-    if not weights.exists():
+    if not _is_kept(weights, chosen, seed):  # of other settings, too
         run(chosen, seed, root=root, progress=False, test=False, probe=False, keep=weights, **where)
     images, network, start = load(chosen.data, root=root), trained(chosen, weights, root), time.perf_counter()
     found = MEASURES[kind](chosen, network, images, seed, root, where)

@@ -350,3 +350,10 @@ def test_impossible_measures(tmp_path):
     with pytest.raises(ValueError, match="'pixels' has no network"):
         recipes.measure("transfer", "pixels", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_of_other_settings_is_not_measured(known, tmp_path, monkeypatch):
+    recipes.run_and_keep("ridge", 0, folder=tmp_path, **QUIET)
+    monkeypatch.setitem(recipes.RECIPES, "ridge", replace(RIDGE, lr=2 * RIDGE.lr))
+    row = recipes.run_and_keep("ridge", 0, folder=tmp_path / "fresh", **QUIET)
+    assert recipes.measure("diagnostics", "ridge", 0, folder=tmp_path, device="cpu", precision="fp32")["weights"] == row["weights"]
