@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'DATA_SETS', 'VALIDATION', 'Images', 'as_float', 'from_arrays', 'load_npz', 'data_root', 'load', 'hold_out',
-           'validation_size']
+           'validation_size', 'centred']
 
 # %% ../nbs/01_data.ipynb #d5903779
 import math
@@ -242,4 +242,20 @@ VALIDATION = {"digits": 300, "mnist": 10_000, "fashion_mnist": 10_000, "cifar10"
 
 def validation_size(images):
     "How many training images are held out for tuning: 10,000 (MNIST, Fashion-MNIST), 5,000 (CIFAR-10), else a sixth."
-    return VALIDATION.get(images.name, len(images.y_train) // 6)
+    return VALIDATION.get(images.name.split(", ")[0], len(images.y_train) // 6)
+
+# %% ../nbs/01_data.ipynb #7558fa82
+def centred(images, energy=10.0):
+    """Images as floats, each pixel with mean 0 over the training images, and with a squared length of `energy` on average.
+
+    A label of value 1 that is written into an image then weighs 1 against `energy`, whatever the size and brightness of the images.
+    The statistics are those of the training images. Meant for plain images and for labels; strategies that paint pixels expect them in 0…1.
+    Raises ValueError unless energy > 0 and the training images differ.
+    """
+    mean = as_float(images.x_train).mean(0, keepdim=True)
+    x_train, x_test = (as_float(x) - mean for x in (images.x_train, images.x_test))
+    length = x_train.flatten(1).square().sum(1).mean()
+    if not (energy > 0 and length > 0):
+        raise ValueError(f"{images.name}: cannot be centred to energy={energy}; it must be positive, and the training images must not be all the same")
+    scale = (energy / length).sqrt()
+    return replace(images, name=f"{images.name}, centred to {energy:g}", x_train=x_train.mul_(scale), x_test=x_test.mul_(scale))

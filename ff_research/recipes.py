@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECIPES', 'DIGITS',
-           'DIGITS_LR', 'GRID', 'OWN', 'FOUND', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES', 'LR_GRID', 'TARGETS',
-           'MEASURES', 'Recipe', 'recipe', 'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials',
-           'publish_trials', 'run_and_keep', 'measure', 'measured', 'publish_measures', 'run_many']
+           'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'FOUND', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES',
+           'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin', 'trained', 'run',
+           'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep', 'measure', 'measured',
+           'publish_measures', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -35,9 +36,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import ff_research
-from .data import as_float, hold_out, load, validation_size
+from .collaboration import contributions, layer_goodness
+from .data import as_float, centred, hold_out, load, validation_size
 from .diagnostics import diagnose
-from .goodness import hinton, swish_symba, symba
+from .entropy import entropic, entropy_parts, functional_entropy, log_goodness
+from .goodness import hinton, sum_of_squares, swish_symba, symba
+from .labels import wrong_labels
 from .layers import Network
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
 from .results import append_row, latest, read_rows, results_folder, same_run
@@ -46,16 +50,17 @@ from .transfer import transfer_row
 from .training import COLLABORATIONS, LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, _one_of, best_device, best_precision, train, train_backprop
 
 # %% ../nbs/90_recipes.ipynb #81522fb9
-OBJECTIVES = {"hinton": hinton, "symba": symba, "swish_symba": swish_symba}
-METHODS = ("ff", "backprop", "random", "pixels")
+OBJECTIVES = {"hinton": hinton, "symba": symba, "swish_symba": swish_symba, "entropic": entropic}
+METHODS = ("ff", "backprop", "pairwise", "random", "pixels")
 PROBES = ("softmax", "ridge")
 
 # %% ../nbs/90_recipes.ipynb #dd5b259b
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a rerun needs. `method` is "ff", "backprop", "random" (an untrained network) or "pixels" (no network).
+    """Everything that a rerun needs. `method` is "ff", "backprop", "pairwise" (backpropagation of FF's own loss), "random" (an untrained network) or "pixels" (no network).
 
     widths: units of each layer; objective: a name of `OBJECTIVES` and its options, or None for the strategy's own;
+    centred: energy of the centred images (`data.centred`), 0 for plain ones; first: the first layer whose goodness the labels are read from;
     probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker);
     target: the published number that the recipe is to reach, with its source. Raises ValueError for a field that no run can use.
     """
@@ -76,6 +81,8 @@ class Recipe:
     peer: float = 0.0
     full_gradient: bool = False
     collaboration: str | None = None
+    centred: float = 0.0
+    first: int = 2
     probes: str = "softmax"
     target: str = ""
 
@@ -107,7 +114,8 @@ FIELDS = {  # field: what it may be, and in words
     "options": (lambda v: isinstance(v, tuple) and all(map(_an_option, v)), "a tuple of (name, value) pairs, values finite numbers >= 0 or 'units'"),
     "epochs": (lambda v: _whole(v, 0, 1_000_000), "a whole number from 0 to 1,000,000"),
     "batch_size": (lambda v: _whole(v, 1, 10_000_000), "a whole number from 1 to 10,000,000"),
-    **{key: (_number_from_0, "a number >= 0") for key in ("lr", "weight_decay", "peer")},
+    **{key: (_number_from_0, "a number >= 0") for key in ("lr", "weight_decay", "peer", "centred")},
+    "first": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "full_gradient": (lambda v: isinstance(v, bool), "True or False"),
     "target": (lambda v: isinstance(v, str), "a text")}
 
@@ -172,9 +180,16 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
         RECIPES[f"{short}-{name.replace('_', '-')}"] = replace(GRID, name=f"{short}-{name.replace('_', '-')}", data=data, strategy=name, **own)
     RECIPES[f"{short}-backprop"] = replace(GRID, name=f"{short}-backprop", data=data, method="backprop", **OWN)
     RECIPES[f"{short}-random"] = replace(GRID, name=f"{short}-random", data=data, method="random", strategy="image_mixing", epochs=0, **OWN)
-    for mode in ("previous", "all"):
-        RECIPES[f"{short}-collaboration-{mode}"] = replace(GRID, name=f"{short}-collaboration-{mode}", data=data, collaboration=mode)
     RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
+
+# layers that talk: the table of Lorberbom et al. in the grid's network, on centred images, labels read from all layers
+TALK = replace(GRID, name="talk", centred=10.0, first=1)
+TALKS = {"alone": {}, "previous": dict(collaboration="previous"), "all": dict(collaboration="all"), "alone-greedy": dict(schedule="greedy"),
+         "previous-greedy": dict(schedule="greedy", collaboration="previous"), "entropic": dict(objective="entropic", peer=0.0),
+         "pairwise": dict(method="pairwise", peer=0.0, full_gradient=False), "backprop": dict(method="backprop", **OWN)}
+for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10", "cifar10")):
+    for name, what in TALKS.items():
+        RECIPES[f"{short}-talk-{name}"] = replace(TALK, name=f"{short}-talk-{name}", data=data, **what)
 
 # %% ../nbs/90_recipes.ipynb #ca70d20e
 FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, and theta or, where there is none, weight decay, None: as it was)
@@ -238,14 +253,25 @@ def _fingerprint(network):
         digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-def _fit(recipe, network, images, seed, checkpoint, progress, **where):
+def _images(recipe, root=None, device="cpu", data=None):
+    "A recipe's images, or others treated as these are."
+    images = load(data or recipe.data, root=root, device=device)
+    return centred(images, recipe.centred) if recipe.centred else images
+
+def _network(recipe, images, seed=0):
+    "A recipe's network as it is before training."
+    return Network([images.num_pixels, *recipe.widths], seed=seed, peer=recipe.peer, full_gradient=recipe.full_gradient)
+
+def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_epoch=None, **where):
     "Train a recipe's network; gives the history, empty for a network that is not trained."
     shared = dict(epochs=recipe.epochs, seed=seed, lr=recipe.lr, lr_schedule=recipe.lr_schedule, weight_decay=recipe.weight_decay, optimizer=recipe.optimizer,
-                  batch_size=recipe.batch_size, checkpoint=checkpoint, progress=progress, **where)
+                  batch_size=recipe.batch_size, checkpoint=checkpoint, progress=progress, after_epoch=after_epoch, **where)
     if recipe.method == "backprop":
         return train_backprop(network, images, **shared)
     strategy = STRATEGIES[recipe.strategy](num_classes=images.num_classes)
     objective = OBJECTIVES[recipe.objective](**dict(recipe.options)) if recipe.objective else None
+    if recipe.method == "pairwise":
+        return train_backprop(network, images, strategy=strategy, objective=objective, **shared)
     return train(network, images, strategy, objective=objective, schedule=recipe.schedule, collaboration=recipe.collaboration, **shared)
 
 # %% ../nbs/90_recipes.ipynb #47a7cae0
@@ -255,10 +281,14 @@ def _probed(recipe, network, images, **where):
     if recipe.method == "pixels":
         found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images, fit)
         return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
-    neutral = recipe.method in ("ff", "random") and STRATEGIES[recipe.strategy].contrasts_labels
+    neutral = recipe.method in ("ff", "pairwise", "random") and STRATEGIES[recipe.strategy].contrasts_labels
     return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, **where)}
 
 # %% ../nbs/90_recipes.ipynb #e8e56e56
+def _read(recipe):
+    "The goodness by which labels are read out: its logarithm where the objective knows no scale (@sec-entropy)."
+    return log_goodness if recipe.objective == "entropic" else sum_of_squares
+
 def _measure(recipe, network, images, validation, test, probe=True, **where):
     "Errors in % on the validation images and, if `test`, on the test images, of every read-out that the recipe's method has. probe: also of the linear probe, which a method without another has in any case."
     parts = ("validation", "test") if test else ("validation",)
@@ -266,8 +296,8 @@ def _measure(recipe, network, images, validation, test, probe=True, **where):
         images = replace(images, x_test=validation.x_test, y_test=validation.y_test)
     sets, errors = dict(validation=validation, test=images), {part: {} for part in parts}
     for part in parts:
-        if recipe.method == "ff" and STRATEGIES[recipe.strategy].contrasts_labels:
-            errors[part]["per_label"] = per_label_goodness(network, sets[part], **where)
+        if recipe.method in ("ff", "pairwise") and STRATEGIES[recipe.strategy].contrasts_labels:
+            errors[part]["per_label"] = per_label_goodness(network, sets[part], first=min(recipe.first, len(recipe.widths)), goodness=_read(recipe), **where)
         if recipe.method == "backprop":
             errors[part]["head"] = head_error(network, sets[part], **where)
     if not probe and errors[parts[0]]:
@@ -304,7 +334,7 @@ def trained(recipe, path, root=None):
     Raises ValueError for weights of another network, or a file that holds none.
     """
     images = load(recipe.data, root=root)
-    network = Network([images.num_pixels, *recipe.widths], peer=recipe.peer, full_gradient=recipe.full_gradient)
+    network = _network(recipe, images)
     if recipe.method == "backprop":
         network.head = torch.nn.Linear(recipe.widths[-1], images.num_classes)
     try:
@@ -320,7 +350,7 @@ def trained(recipe, path, root=None):
 # %% ../nbs/90_recipes.ipynb #d179d207
 def _config(recipe):
     "The settings of a recipe as JSON would give them back: without name and target, lists in the place of tuples. Fields that came later than the first rows stand there only where they are used."
-    later = {key for key, plain in (("collaboration", None), ("probes", "softmax")) if getattr(recipe, key) == plain}
+    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax")) if getattr(recipe, key) == plain}
     return json.loads(json.dumps({key: v for key, v in asdict(recipe).items() if key not in {"name", "target", *later}}))
 
 # %% ../nbs/90_recipes.ipynb #27007b3d
@@ -334,11 +364,11 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
     _check_seed(seed)
     device = best_device(device)
     precision = best_precision(precision, device)
-    images, where = load(recipe.data, root=root, device=device), dict(device=device.type, precision=precision)
+    images, where = _images(recipe, root, device), dict(device=device.type, precision=precision)
     validation = hold_out(images, validation_size(images))
     seconds, epochs, network, start = 0.0, [], None, time.perf_counter()
     if recipe.method != "pixels":
-        network = Network([images.num_pixels, *recipe.widths], seed=seed, peer=recipe.peer, full_gradient=recipe.full_gradient)
+        network = _network(recipe, images, seed)
         if recipe.epochs:
             epochs = _fit(recipe, network, replace(validation, name=images.name), seed, checkpoint, progress, **where).epochs
             seconds = sum(epoch["seconds"] for epoch in epochs)
@@ -357,13 +387,19 @@ LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
 SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
             "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04, 0.08))}
 
-# the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody
+# the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
+# layers that talk: three more values, of epsilon for the entropic objective; seven trials
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
+LR_TALK = {"entropic": (0.03, 0.1, 0.3, 1.0), None: (0.01, 0.03, 0.1, 0.3)}
+SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
+          "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),))}
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs:
-        field, start, others = ("options", (), ((("theta", 250),), (("theta", 1000),))) if r.objective == "hinton" else ("weight_decay", 3e-4, (0.0, 3e-3))
         rates = LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
-        SEARCHES[name] = {"lr": rates, field: (start,)}, {field: others}
+        if r.centred:
+            rates = LR_TALK.get(r.objective, (0.0003, 0.001, 0.003, 0.01))
+        field, *others = SECOND[r.objective]
+        SEARCHES[name] = {"lr": rates, field: (getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 
 def _tuples(v):
     "Lists, which JSON knows, as the tuples that a recipe holds, inner ones too."
@@ -390,7 +426,7 @@ def _trial(trial, setting, seed, path, options):
         if same_run(row, dict(recipe=trial.name, config=_config(trial), seed=seed)):
             return row
     try:
-        row = run(trial, seed, test=False, probe=trial.data == "digits" or trial.probes == "ridge", **options)
+        row = run(trial, seed, test=False, probe=trial.data == "digits" or trial.probes == "ridge" and not trial.centred, **options)
     except Diverged as error:
         row = dict(recipe=trial.name, seed=seed, config=_config(trial), errors=dict(validation={}), diverged=str(error))
     row = json.loads(json.dumps(row | {"trial": setting}))
@@ -458,17 +494,48 @@ TARGETS = {"mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",), "cifar10": 
 
 def _strategy_of(recipe, num_classes):
     "The strategy that trained a recipe's network; None for other methods."
-    return STRATEGIES[recipe.strategy](num_classes=num_classes) if recipe.method == "ff" else None
+    return STRATEGIES[recipe.strategy](num_classes=num_classes) if recipe.method in ("ff", "pairwise") else None
 
 def _diagnosed(recipe, network, images, seed, root, where):
     return diagnose(network, images, _strategy_of(recipe, images.num_classes), seed=seed, **where)
 
 def _transferred(recipe, network, images, seed, root, where):
-    targets = [load(name, root=root) for name in TARGETS.get(recipe.data, (recipe.data,))]
-    neutral = images.num_classes if recipe.method == "ff" and STRATEGIES[recipe.strategy].contrasts_labels else False
-    return transfer_row(network, images.shape, targets, neutral_label=neutral, shots=(1, 10), **where)
+    targets = [_images(recipe, root, data=name) for name in TARGETS.get(recipe.data, (recipe.data,))]
+    strategy = _strategy_of(recipe, images.num_classes)
+    return transfer_row(network, images.shape, targets, neutral_label=images.num_classes if getattr(strategy, "contrasts_labels", False) else False, shots=(1, 10), **where)
 
-MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred}
+def _rounded(found):
+    "A dictionary of numbers, lists and tensors with four digits after the point."
+    return {key: _rounded(v) if isinstance(v, dict) else [_number(float(x)) for x in v] if getattr(v, "ndim", isinstance(v, list)) else _number(float(v)) for key, v in found.items()}
+
+def _parted(recipe, network, images, seed, root, where):
+    "Who does the work, on the test images: errors of the layers together, alone and without each, and the entropy of their goodness over images and labels, by its mean."
+    if not getattr(_strategy_of(recipe, images.num_classes), "contrasts_labels", False):
+        raise ValueError(f"recipe {recipe.name!r}: there are no labels to read from its layers' goodness")
+    g = layer_goodness(network, images.x_test, images.num_classes, **where).double()  # [layers, images, classes]
+    parts, labels = entropy_parts(g.flatten(1) / g.mean()), entropy_parts((g / g.mean((0, 2), keepdim=True)).transpose(0, 1))
+    return _rounded(dict(sum=contributions(network, images, **where), log=contributions(network, images, goodness=log_goodness, **where),
+                         goodness=g.mean((1, 2)), entropy=parts, labels={key: v.mean() for key, v in labels.items()}))
+
+def _followed(recipe, network, images, seed, root, where):
+    "The training once more, and after each epoch, on 2,000 held-out images: error, and for positives and negatives the functional entropy of each layer's goodness by its mean."
+    held = hold_out(images, validation_size(images))
+    x, y, courses = held.x_test[:2000], held.y_test[:2000], []
+    few, wrong = replace(held, x_test=x, y_test=y), wrong_labels(y, images.num_classes, torch.Generator().manual_seed(0))
+    def look(epoch, network):
+        g = layer_goodness(network, x, images.num_classes, **where)
+        streams = [g.gather(2, label.expand(len(g), -1)[..., None]).squeeze(2).double() for label in (y, wrong)]
+        entropy = [(functional_entropy(s, -1) / s.mean(-1).clamp_min(1e-12)).tolist() for s in streams]
+        courses.append(dict(error=per_label_goodness(network, few, first=1, goodness=_read(recipe), **where), g_pos=streams[0].mean(1), g_neg=streams[1].mean(1),
+                            entropy_pos=entropy[0], entropy_neg=entropy[1]))
+    fresh = _network(recipe, images, seed)
+    look(-1, fresh)
+    _fit(recipe, fresh, held, seed, after_epoch=look, **where)
+    if _fingerprint(fresh) != _fingerprint(network):
+        raise RuntimeError(f"recipe {recipe.name!r}, seed {seed}: another training gave other weights")
+    return [_rounded(course) for course in courses]
+
+MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed}
 
 # %% ../nbs/90_recipes.ipynb #7955b107
 def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precision="auto"):
@@ -487,7 +554,7 @@ def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precis
     where, weights = dict(device=device.type, precision=best_precision(precision, device)), _weights_path(name, seed, folder)
     if not _is_kept(weights, chosen, seed):  # of other settings, too
         run(chosen, seed, root=root, progress=False, test=False, probe=False, keep=weights, **where)
-    images, network, start = load(chosen.data, root=root), trained(chosen, weights, root), time.perf_counter()
+    images, network, start = _images(chosen, root), trained(chosen, weights, root), time.perf_counter()
     found = MEASURES[kind](chosen, network, images, seed, root, where)
     row = dict(recipe=name, seed=seed, config=_config(chosen), weights=_fingerprint(network), data=dict(name=images.name), **{kind: found},
                seconds_in_all=round(time.perf_counter() - start, 2), **origin(device, where["precision"]))

@@ -456,7 +456,7 @@ def _claimed(path):
         lock.release()
 
 @torch.no_grad()
-def _loop(epochs, one_epoch, live, refresh, generator, settings, checkpoint, progress):
+def _loop(epochs, one_epoch, live, refresh, generator, settings, checkpoint, progress, after=None):
     "Run the epochs that a checkpoint does not hold yet, and write it after each."
     history, start = History(), 0
     with _claimed(checkpoint):
@@ -471,6 +471,8 @@ def _loop(epochs, one_epoch, live, refresh, generator, settings, checkpoint, pro
                 history.epochs.append(one_epoch(epoch))
                 if checkpoint is not None:
                     save_checkpoint(checkpoint, live, epoch + 1, settings, history, generator)
+                if after is not None:
+                    after(epoch)
                 bar.set_postfix_str("separation " + " ".join(f"{s:.2f}" for s in history.epochs[-1]["separation"]))
                 bar.update()
     return history
@@ -638,6 +640,10 @@ def _per_layer(lr, layers):
         raise ValueError(f"lr={lr!r}: expected one rate >= 0, or one for each of the {layers} layers")
     return rates
 
+def _told(after_epoch, network):
+    "A caller's function of epoch and network, as a function of the epoch."
+    return after_epoch and (lambda epoch: after_epoch(epoch, network))
+
 def _objectives(network, strategy, objective, device):
     "A local objective for each layer: copies of `objective`, or the strategy's own; learned parts of earlier training are kept."
     given = list(objective) if isinstance(objective, (list, tuple, nn.ModuleList)) else [objective] * len(network.layers)
@@ -666,7 +672,7 @@ def _check_schedule(strategy, schedule, epochs, collaboration, rounds):
 # %% ../nbs/05_training.ipynb #caed4177
 @torch.inference_mode(False)
 def train(network, images, strategy, epochs=60, seed=0, *, objective=None, schedule="together", collaboration=None, rounds=1, lr=1e-3,
-          lr_schedule="cool_down", weight_decay=3e-4, optimizer="sgd", batch_size=100, precision="auto", device="auto", checkpoint=None, progress=True):
+          lr_schedule="cool_down", weight_decay=3e-4, optimizer="sgd", batch_size=100, precision="auto", device="auto", checkpoint=None, progress=True, after_epoch=None):
     """Train every layer of `network` by its own local objective; the network is changed in place. Gives the `History`.
 
     images: `Images`, whose training part is used; strategy: makes positives and negatives; seed: of batches and negatives.
@@ -674,6 +680,7 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     layers) or "greedy" (layer after layer, `epochs` each, in `rounds` equal parts). collaboration: whose goodness each layer
     adds to its own, None, "all" other layers' or the "previous" ones'. lr: one rate, or one a layer. lr_schedule: "cool_down" or "constant".
     optimizer: "sgd" (momentum 0.9) or "adamw". precision: of the matrix products, "auto", "fp32" or "bf16"; goodness is always float32.
+    after_epoch: called with the epoch (from 0) and the network after each epoch, to measure or draw what the history does not hold.
     checkpoint: a path; the run's state is kept there after each epoch, and a run that finds it goes on from there.
     Raises ValueError for unknown names, settings out of range or images that do not fit, `Diverged` for a loss that is not finite.
     """
@@ -702,26 +709,32 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     live = {f"layer.{i}.{name}": t for i, learner in enumerate(learners) for name, t in learner.tensors().items()}
     live |= {f"strategy.{name}": t for name, t in strategy.tensors().items()}
     return _loop(epochs * (1 if schedule == "together" else len(learners)), one_epoch, live, lambda: [learner.refresh() for learner in learners],
-                 generator, json.loads(json.dumps(settings)), checkpoint, progress)
+                 generator, json.loads(json.dumps(settings)), checkpoint, progress, _told(after_epoch, network))
 
 # %% ../nbs/05_training.ipynb #cd30bb10
 class _Backprop:
     "The same network trained end to end: cross-entropy of a linear head on the last layer's normalised activity."
+    headed = True
+
     def __init__(self, network, optimizer, lr, weight_decay, dtype):
         self.network, self.lr = network, lr
         self.twin = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
-        self.master, self.copies = ([*n.layers.parameters(), *n.head.parameters()] for n in (network, self.twin))
+        self.master, self.copies = ([*n.layers.parameters(), *(n.head.parameters() if self.headed else ())] for n in (network, self.twin))
         self.optimizer = OPTIMIZERS[optimizer]([p.detach() for p in self.master], [p.detach() for p in self.copies], weight_decay)
+
+    def loss(self, x, y):
+        "The loss of a batch, and the share of images that get their own label."
+        logits = self.twin.head(self.twin(x)).float()
+        return nn.functional.cross_entropy(logits, y), (logits.detach().argmax(1) == y).float().mean()
 
     @torch.enable_grad()
     def learn(self, x, y, factor):
-        "One update; gives the loss and the logits, detached."
-        logits = self.twin.head(self.twin(x)).float()
-        loss = nn.functional.cross_entropy(logits, y)
+        "One update; gives the loss, detached, and the share that was right."
+        loss, right = self.loss(x, y)
         for i, grad in enumerate(torch.autograd.grad(loss, self.copies)):
             self.optimizer.accumulate(i, grad)
         self.optimizer.step(self.lr * factor)
-        return loss.detach(), logits.detach()
+        return loss.detach(), right
 
     def tensors(self):
         return {f"weights.{i}": w.detach() for i, w in enumerate(self.master)} | self.optimizer.state()
@@ -731,33 +744,70 @@ class _Backprop:
             if c is not w:
                 c.data.copy_(w.data)
 
+# %% ../nbs/05_training.ipynb #e47fbb27
+class _Pairwise(_Backprop):
+    "The network trained end to end by the objective that its layers have in Forward-Forward, on the goodness of all of them together."
+    headed = False
+
+    def __init__(self, network, strategy, objective, generator, *options):
+        super().__init__(network, *options)
+        self.strategy, self.objective, self.generator = strategy, objective, generator
+        strategy.begin(self.twin)
+
+    def loss(self, x, y):
+        "The objective of the summed goodness, and the share of pairs whose positive has more of it."
+        with torch.no_grad():
+            h, total = self.twin.prepare(self.strategy.streams(x, y, self.twin, self.generator)), 0.0
+        for layer in self.twin.layers:
+            activity = layer(h)
+            h, total = normalise(activity), total + sum_of_squares(activity)
+        loss, g = self.objective(activity, y, squares=total)
+        g_pos, g_neg = g.detach().chunk(2)
+        return loss, (g_pos > g_neg).float().mean()
+    def tensors(self):
+        return super().tensors() | {f"strategy.{name}": t for name, t in self.strategy.tensors().items()}
+
+# %% ../nbs/05_training.ipynb #9cd77b4a
+def _pairwise_objective(network, strategy, objective):
+    "The objective for the goodness of all layers together. Raises ValueError where there is none."
+    objective = objective if objective is not None else strategy.objective(network.layers[-1].units, len(network.layers))
+    if strategy.redraws_between or not strategy.has_negatives:
+        raise ValueError(f"{strategy.name} gives no pairs of a positive and a negative that pass through all layers; take another strategy")
+    if not getattr(objective, "_reads_squares", False) or list(objective.parameters()):
+        raise ValueError(f"{objective} cannot be read off the sum of all layers' goodness; take one of the sum of squares, hinton() say")
+    return objective
+
 # %% ../nbs/05_training.ipynb #cb43f3ad
 @torch.inference_mode(False)
 def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="cool_down", weight_decay=3e-4, optimizer="sgd", batch_size=100,
-                   precision="auto", device="auto", checkpoint=None, progress=True):
+                   precision="auto", device="auto", checkpoint=None, progress=True, after_epoch=None, strategy=None, objective=None):
     """Train the same `Network` by backpropagation, for comparison: plain images in, a linear head (`network.head`) on the last layer.
 
-    Arguments as in `train`. Gives the `History`, whose one "layer" is the whole network and whose separation is the training accuracy.
+    strategy: train on its positives and negatives instead, without a head, by the loss that `objective` (or the strategy's own) makes of the goodness of all
+    layers together: what Forward-Forward would be if gradients passed between layers ("pairwise" backpropagation, Lorberbom et al. 2024).
+    Other arguments as in `train`. Gives the `History`, whose one "layer" is the whole network and whose separation is the training accuracy, or that of the pairs.
+    Raises ValueError as `train`, and for a strategy that has no such pairs, or an objective that reads more of the activity than its squares.
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         _one_of(name, known, what)
-    _check(images, network, epochs, batch_size)
+    _check(images, network, epochs, batch_size, strategy)
+    if strategy is not None:
+        objective = _pairwise_objective(network, strategy, objective)
     device = best_device(device)
     precision = best_precision(precision, device)
-    if not hasattr(network, "head"):
+    if strategy is None and not hasattr(network, "head"):
         network.head = nn.utils.skip_init(nn.Linear, network.layers[-1].units, images.num_classes, dtype=torch.float32)  # draws no random numbers
         nn.init.zeros_(network.head.weight)
         nn.init.zeros_(network.head.bias)
     images, network = images.to(device), network.to(device)
-    learner = _Backprop(network, optimizer, lr, weight_decay, PRECISIONS[precision])
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, options = torch.Generator(device).manual_seed(seed), (optimizer, lr, weight_decay, PRECISIONS[precision])
+    learner = _Backprop(network, *options) if strategy is None else _Pairwise(network, strategy, objective, generator, *options)
 
     def one_epoch(epoch):
         start, sums, steps = time.perf_counter(), torch.zeros(2, device=device), 0
         for batch in _batches(len(images.y_train), batch_size, generator):
             x, y = images.x_train[batch], images.y_train[batch]
-            loss, logits = learner.learn(x, y.long(), LR_SCHEDULES[lr_schedule](epoch, epochs))
-            sums += torch.stack([loss, (logits.argmax(1) == y).float().mean()])
+            sums += torch.stack(learner.learn(x, y.long(), LR_SCHEDULES[lr_schedule](epoch, epochs)))
             steps += 1
         loss, accuracy = (sums / max(steps, 1)).tolist()
         if not (math.isfinite(loss) and all(torch.isfinite(w).all() for w in learner.master)):
@@ -766,4 +816,5 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
 
     settings = dict(method="backprop", network=repr(network), data=_identity(images), epochs=epochs, seed=seed, lr=lr, lr_schedule=lr_schedule,
                     weight_decay=weight_decay, optimizer=optimizer, batch_size=batch_size, precision=precision, device=device.type)
-    return _loop(epochs, one_epoch, learner.tensors(), learner.refresh, generator, settings, checkpoint, progress)
+    settings |= {} if strategy is None else dict(method="pairwise", strategy=repr(strategy), objective=repr(objective))
+    return _loop(epochs, one_epoch, learner.tensors(), learner.refresh, generator, settings, checkpoint, progress, _told(after_epoch, network))
