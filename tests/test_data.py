@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 
-from ff_research.data import Images, as_float, data_root, from_arrays, hold_out, load, load_npz, validation_size
+from ff_research.data import Images, as_float, centred, data_root, from_arrays, hold_out, load, load_npz, validation_size
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -142,6 +142,34 @@ def test_validation_sizes():
     images = from_arrays("a", **arrays())
     sizes = {name: validation_size(replace(images, name=name)) for name in ("digits", "mnist", "fashion_mnist", "cifar10", "a")}
     assert sizes == {"digits": 300, "mnist": 10_000, "fashion_mnist": 10_000, "cifar10": 5_000, "a": 2}
+    assert validation_size(replace(images, name="mnist, centred to 10")) == 10_000
+
+
+@pytest.mark.parametrize("energy", [0.5, 10.0, 1000.0])
+@pytest.mark.parametrize("floats", [False, True])
+def test_centred_images_have_mean_zero_and_their_energy(energy, floats):
+    images = load("digits")
+    images = replace(images, x_train=as_float(images.x_train)) if floats else images
+    kept = images.x_train.clone(), images.x_test.clone()
+    middle = centred(images, energy)
+    assert middle.x_train.dtype == torch.float32 and middle.x_train.flatten(1).mean(0).abs().max() < 1e-4 * energy**0.5
+    assert middle.x_train.flatten(1).square().sum(1).mean().item() == pytest.approx(energy, rel=1e-4)
+    # one affine map for both parts, whose statistics are those of the training images
+    mean = as_float(images.x_train).mean(0)
+    assert torch.allclose(as_float(images.x_test) - mean, middle.x_test * (as_float(images.x_train) - mean).norm() / middle.x_train.norm(), atol=1e-5)
+    assert torch.equal(kept[0], images.x_train) and torch.equal(kept[1], images.x_test)
+    other = centred(replace(images, x_test=images.x_test.flip(0)[:7]), energy)
+    assert torch.equal(other.x_train, middle.x_train)
+    assert (middle.y_train is images.y_train, middle.num_classes, middle.shape) == (True, 10, images.shape)
+
+
+@pytest.mark.parametrize("energy", [0, -1.0, float("nan")])
+def test_images_that_cannot_be_centred(energy):
+    with pytest.raises(ValueError, match="cannot be centred"):
+        centred(load("digits"), energy)
+    alike = load("digits")
+    with pytest.raises(ValueError, match="all the same"):
+        centred(replace(alike, x_train=torch.full_like(alike.x_train, 7)))
 
 
 # Files

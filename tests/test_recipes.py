@@ -63,9 +63,9 @@ def test_unknown_names(name, near):
 
 # Runs
 
-@pytest.mark.parametrize("method", ["ff", "backprop", "random", "pixels"])
+@pytest.mark.parametrize("method", ["ff", "backprop", "pairwise", "random", "pixels"])
 def test_a_run_is_pure_and_leaves_no_trace(method):
-    r = replace(TINY, method=method, epochs=2 if method in ("ff", "backprop") else 0, lr=0.01)
+    r = replace(TINY, method=method, epochs=2 if method in ("ff", "backprop", "pairwise") else 0, lr=0.01)
     state = torch.get_rng_state()
     first = run(r, 3, **QUIET)
     assert torch.equal(state, torch.get_rng_state())
@@ -75,9 +75,9 @@ def test_a_run_is_pure_and_leaves_no_trace(method):
 
 
 def test_read_outs_of_each_method():
-    errors = {method: run(replace(TINY, method=method, epochs=int(method in ("ff", "backprop"))), 0, **QUIET)["errors"] for method in ("ff", "backprop", "random", "pixels")}
+    errors = {method: run(replace(TINY, method=method, epochs=int(method in ("ff", "backprop", "pairwise"))), 0, **QUIET)["errors"] for method in recipes.METHODS}
     for part in ("validation", "test"):
-        assert {method: sorted(e[part]) for method, e in errors.items()} == dict(ff=["per_label", "probe"], backprop=["head", "probe"], random=["probe"], pixels=["probe"])
+        assert {method: sorted(e[part]) for method, e in errors.items()} == dict(ff=["per_label", "probe"], pairwise=["per_label", "probe"], backprop=["head", "probe"], random=["probe"], pixels=["probe"])
     assert errors["pixels"]["test"]["probe"].keys() == {"pixels"} and errors["ff"]["test"]["probe"].keys() == {"layer_1", "layer_2"}
 
 
@@ -303,7 +303,40 @@ def test_collaboration_is_a_setting_that_changes_the_network():
         replace(RIDGE, probes="rigde")
 
 
-@pytest.mark.parametrize("method", ["ff", "backprop", "random"])
+def test_centred_images_and_the_first_layer_read_are_settings():
+    plain, middle, whole = (run(replace(RIDGE, widths=(60, 60, 60), **more), 0, **QUIET) for more in ({}, dict(centred=5.0), dict(first=1)))
+    assert {"centred", "first"}.isdisjoint(plain["config"]) and middle["config"]["centred"] == 5.0 and whole["config"]["first"] == 1
+    assert plain["weights"] == whole["weights"] != middle["weights"]
+    assert plain["errors"]["test"]["per_label"] != whole["errors"]["test"]["per_label"] and plain["errors"]["test"]["ridge"] == whole["errors"]["test"]["ridge"]
+    assert middle["data"]["name"] == "digits, centred to 5" and middle["data"]["validation"] == 300
+    for wrong in (dict(centred=-1.0), dict(centred=float("inf")), dict(first=0), dict(first=1.5)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(RIDGE, **wrong)
+
+
+def test_an_objective_without_scale_is_read_by_the_logarithm(tmp_path):
+    r = replace(RIDGE, widths=(60, 60), objective="entropic", lr=0.1, first=1)
+    row = run(r, 0, keep=tmp_path / "w", **QUIET)
+    images = recipes.load("digits")
+    assert row["errors"]["test"]["per_label"] == recipes.per_label_goodness(recipes.trained(r, tmp_path / "w"), images, first=1, goodness=recipes.log_goodness, device="cpu", precision="fp32")
+
+
+def test_parts_of_a_network_add_up_to_its_row(known, tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "ridge", replace(RIDGE, widths=(60, 60, 60), first=1, centred=10.0, epochs=3))
+    row = recipes.run_and_keep("ridge", 0, folder=tmp_path, **QUIET)
+    where = dict(folder=tmp_path, device="cpu", precision="fp32")
+    parts = recipes.measure("parts", "ridge", 0, **where)["parts"]
+    assert parts["sum"]["together"] == pytest.approx(row["errors"]["test"]["per_label"], abs=1e-3)
+    for entropy in (parts["entropy"], parts["labels"]):
+        assert entropy["total"] == pytest.approx(entropy["between"] + entropy["joint"] + entropy["interaction"], abs=3e-4)
+    course = recipes.measure("course", "ridge", 0, **where)["course"]
+    assert len(course) == 4 and course[-1]["error"] < course[0]["error"] and all(len(course[0][key]) == 3 for key in ("g_pos", "g_neg", "entropy_pos", "entropy_neg"))
+    monkeypatch.setitem(recipes.RECIPES, "ridge", replace(RIDGE, method="random", epochs=0))
+    with pytest.raises(ValueError, match="no labels to read"):
+        recipes.measure("parts", "ridge", 0, **where)
+
+
+@pytest.mark.parametrize("method", ["ff", "backprop", "pairwise", "random"])
 def test_a_kept_network_is_the_one_that_was_measured(method, tmp_path):
     r = replace(RIDGE, method=method, epochs=0 if method == "random" else 1)
     row = run(r, 2, keep=tmp_path / "deep" / "w.safetensors", **QUIET)

@@ -278,6 +278,74 @@ def test_backprop_after_forward_forward_with_a_learned_objective(digits):
     assert [objective.log_scale.item() for objective in network.objectives] == scales
 
 
+@pytest.mark.parametrize("name, objective", [("label_embedding", hinton(theta=40.0)), ("label_embedding", symba()), ("random_noise", None)])
+def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objective):
+    class Remembering(STRATEGIES[name]):
+        def streams(self, *arguments):
+            self.given = super().streams(*arguments)
+            return self.given
+
+    network, strategy = small(), Remembering(10)
+    start = copy.deepcopy(network)
+    history = train_backprop(network, digits, 1, strategy=strategy, objective=objective, lr=0.5, weight_decay=0.0, batch_size=len(digits.y_train), **QUIET)
+    h, total = start.prepare(strategy.given), 0.0
+    for layer in start.layers:
+        activity = layer(h)
+        h, total = normalise(activity), total + activity.square().sum(1)
+    g_pos, g_neg = total.chunk(2)
+    units = activity.shape[1]
+    loss = {"symba_loss": lambda: nn.functional.softplus(4 * (g_neg - g_pos) / units).mean()}.get(
+        getattr(objective, "loss", hinton).__name__, lambda: nn.functional.binary_cross_entropy_with_logits(
+            torch.cat([g_pos, g_neg]) - (40.0 if objective else units), torch.cat([torch.ones_like(g_pos), torch.zeros_like(g_neg)])))()
+    grads = torch.autograd.grad(loss, list(start.layers.parameters()))
+    for before, grad, after in zip(start.layers.parameters(), grads, network.layers.parameters()):
+        torch.testing.assert_close(before - 0.5 * grad, after, rtol=1e-3, atol=1e-5)
+    assert history.epochs[0]["loss"][0] == pytest.approx(loss.item(), rel=1e-4) and not hasattr(network, "head")
+    assert history.epochs[0]["separation"][0] == pytest.approx((g_pos > g_neg).float().mean().item(), abs=1e-6)
+
+
+def test_pairwise_backprop_learns_and_resumes(digits, tmp_path):
+    networks = [small() for _ in range(3)]
+    options = dict(strategy=LABELS(10), lr=0.01, **QUIET)
+    history = train_backprop(networks[0], digits, 6, **options)
+    assert history.column("separation")[-1][0] > 0.85
+    class Stop(Exception):
+        pass
+    def stop(epoch, network):
+        if epoch == 2:
+            raise Stop
+    with pytest.raises(Stop):
+        train_backprop(networks[1], digits, 6, checkpoint=tmp_path / "c", after_epoch=stop, **options)
+    train_backprop(networks[1], digits, 6, checkpoint=tmp_path / "c", **options)
+    assert torch.equal(weights(networks[0]), weights(networks[1]))
+    with pytest.raises(ValueError):  # a checkpoint of the pairwise run is not one of the other
+        train_backprop(networks[2], digits, 6, checkpoint=tmp_path / "c", lr=0.01, **QUIET)
+
+
+@pytest.mark.parametrize("strategy, objective, message", [
+    ("mono_forward", None, "gives no pairs"), ("layer_wise", None, "gives no pairs"), ("label_embedding", hinton(goodness=mean_activity), "sum of all layers' goodness")])
+def test_pairs_that_backprop_cannot_use(digits, strategy, objective, message):
+    network = small()
+    before = weights(network)
+    with pytest.raises(ValueError, match=message):
+        train_backprop(network, digits, 1, strategy=STRATEGIES[strategy](10), objective=objective, **QUIET)
+    assert torch.equal(weights(network), before)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_look_after_each_epoch_changes_nothing(digits, schedule, precision):
+    seen, networks = [], [small(), small()]
+    def look(epoch, network):
+        seen.append((epoch, weights(network).clone()))
+        torch.rand(3)
+    for network, after_epoch in zip(networks, (None, look)):
+        train(network, digits, LABELS(10), 3, schedule=schedule, after_epoch=after_epoch, precision=precision, device="cpu", progress=False)
+    assert torch.equal(weights(networks[0]), weights(networks[1])) and torch.equal(seen[-1][1], weights(networks[1]))
+    assert [epoch for epoch, _ in seen] == list(range(3 if schedule == "together" else 6))
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
 def test_training_goes_on(digits):
     network = small()
     first = train(network, digits, LABELS(10), epochs=5, **QUIET).column("separation")
