@@ -190,6 +190,11 @@ TALKS = {"alone": {}, "previous": dict(collaboration="previous"), "all": dict(co
 for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10", "cifar10")):
     for name, what in TALKS.items():
         RECIPES[f"{short}-talk-{name}"] = replace(TALK, name=f"{short}-talk-{name}", data=data, **what)
+for name, mode in (("symba", None), ("symba-previous", "previous"), ("symba-all", "all")):
+    RECIPES[f"mnist-talk-{name}"] = replace(TALK, name=f"mnist-talk-{name}", objective="symba", peer=0.0, full_gradient=False, collaboration=mode)
+for name in ("class_confusion", "hard_mining", "image_mixing", "masking", "random_noise"):  # the grid's, with layers that talk
+    known = f"mnist-{name.replace('_', '-')}-all"
+    RECIPES[known] = replace(GRID, name=known, strategy=name, collaboration="all", first=1)
 
 # %% ../nbs/90_recipes.ipynb #ca70d20e
 FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, and theta or, where there is none, weight decay, None: as it was)
@@ -390,9 +395,9 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: three more values, of epsilon for the entropic objective; seven trials
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
-LR_TALK = {"entropic": (0.03, 0.1, 0.3, 1.0), None: (0.01, 0.03, 0.1, 0.3)}
+LR_TALK = {"entropic": (0.03, 0.1, 0.3, 1.0), "symba": (0.3, 1.0, 3.0, 10.0), None: (0.01, 0.03, 0.1, 0.3)}
 SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
-          "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),))}
+          "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs:
         rates = LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
