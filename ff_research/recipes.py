@@ -393,16 +393,14 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
             "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04, 0.08))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
-# layers that talk: three more values, of epsilon for the entropic objective; seven trials
+# layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
-LR_TALK = {"entropic": (0.03, 0.1, 0.3, 1.0), "symba": (0.3, 1.0, 3.0, 10.0), None: (0.01, 0.03, 0.1, 0.3)}
+LR_TALK = {"hinton": (0.0003, 0.001, 0.003, 0.01, 0.03), "entropic": (0.01, 0.03, 0.1, 0.3, 1.0), "symba": (0.1, 0.3, 1.0, 3.0, 10.0), None: (0.003, 0.01, 0.03, 0.1, 0.3)}
 SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
           "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs:
-        rates = LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
-        if r.centred:
-            rates = LR_TALK.get(r.objective, (0.0003, 0.001, 0.003, 0.01))
+        rates = LR_TALK[r.objective] if r.centred else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
         field, *others = SECOND[r.objective]
         SEARCHES[name] = {"lr": rates, field: (getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 
