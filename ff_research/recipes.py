@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import ff_research
+from .cka import cka_matrix
 from .collaboration import contributions, layer_goodness
 from .data import as_float, centred, hold_out, load, validation_size
 from .diagnostics import diagnose
@@ -43,7 +44,7 @@ from .entropy import entropic, entropy_parts, functional_entropy, log_goodness
 from .goodness import hinton, sum_of_squares, swish_symba, symba
 from .labels import wrong_labels
 from .layers import Network
-from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
+from .readout import features, fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
 from .results import append_row, latest, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
 from .transfer import transfer_row
@@ -499,19 +500,20 @@ def _strategy_of(recipe, num_classes):
     "The strategy that trained a recipe's network; None for other methods."
     return STRATEGIES[recipe.strategy](num_classes=num_classes) if recipe.method in ("ff", "pairwise") else None
 
-def _diagnosed(recipe, network, images, seed, root, where):
+def _diagnosed(recipe, network, images, seed, root, where, get):
     return diagnose(network, images, _strategy_of(recipe, images.num_classes), seed=seed, **where)
 
-def _transferred(recipe, network, images, seed, root, where):
+def _transferred(recipe, network, images, seed, root, where, get):
     targets = [_images(recipe, root, data=name) for name in TARGETS.get(recipe.data, (recipe.data,))]
     strategy = _strategy_of(recipe, images.num_classes)
     return transfer_row(network, images.shape, targets, neutral_label=images.num_classes if getattr(strategy, "contrasts_labels", False) else False, shots=(1, 10), **where)
 
+# %% ../nbs/90_recipes.ipynb #3eacab8d
 def _rounded(found):
     "A dictionary of numbers, lists and tensors with four digits after the point."
     return {key: _rounded(v) if isinstance(v, dict) else [_number(float(x)) for x in v] if getattr(v, "ndim", isinstance(v, list)) else _number(float(v)) for key, v in found.items()}
 
-def _parted(recipe, network, images, seed, root, where):
+def _parted(recipe, network, images, seed, root, where, get):
     "Who does the work, on the test images: errors of the layers together, alone and without each, and the entropy of their goodness over images and labels, by its mean."
     if not getattr(_strategy_of(recipe, images.num_classes), "contrasts_labels", False):
         raise ValueError(f"recipe {recipe.name!r}: there are no labels to read from its layers' goodness")
@@ -520,7 +522,8 @@ def _parted(recipe, network, images, seed, root, where):
     return _rounded(dict(sum=contributions(network, images, **where), log=contributions(network, images, goodness=log_goodness, **where),
                          goodness=g.mean((1, 2)), entropy=parts, labels={key: v.mean() for key, v in labels.items()}))
 
-def _followed(recipe, network, images, seed, root, where):
+# %% ../nbs/90_recipes.ipynb #0ac50787
+def _followed(recipe, network, images, seed, root, where, get):
     "The training once more, and after each epoch, on 2,000 held-out images: error, and for positives and negatives the functional entropy of each layer's goodness by its mean."
     held = hold_out(images, validation_size(images))
     x, y, courses = held.x_test[:2000], held.y_test[:2000], []
@@ -538,7 +541,22 @@ def _followed(recipe, network, images, seed, root, where):
         raise RuntimeError(f"recipe {recipe.name!r}, seed {seed}: another training gave other weights")
     return [_rounded(course) for course in courses]
 
-MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed}
+# %% ../nbs/90_recipes.ipynb #ee789960
+def _compared(recipe, network, images, seed, root, where, get):
+    "CKA of every layer with every layer on the test images: of the network with itself, its start, its kin of the next seed (of five), and backpropagation's of the same seed."
+    alike = dict(data=recipe.data, widths=recipe.widths, centred=recipe.centred, probes=recipe.probes, method="backprop")
+    rival = next((r for r in RECIPES.values() if all(getattr(r, key) == v for key, v in alike.items())), None)
+    others = dict(start=_network(recipe, images, seed), kin=get(recipe, (seed + 1) % 5)) | ({} if rival is None else dict(backprop=get(rival, seed)))
+    strategy = _strategy_of(recipe, images.num_classes)
+    classes = images.num_classes if getattr(strategy, "contrasts_labels", False) else None
+    own = features(network, images.x_test, classes, **where)
+    try:
+        return {name: [[_number(v) for v in line] for line in cka_matrix(own, other and features(other, images.x_test, classes, **where)).tolist()]
+                for name, other in dict(itself=None, **others).items()}
+    except ValueError as error:  # a layer that tells no images apart
+        return dict(impossible=str(error))
+
+MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed, "cka": _compared}
 
 # %% ../nbs/90_recipes.ipynb #7955b107
 def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precision="auto"):
@@ -554,11 +572,17 @@ def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precis
     if _is_there(path, chosen, _check_seed(seed)):
         return None
     device = best_device(device)
-    where, weights = dict(device=device.type, precision=best_precision(precision, device)), _weights_path(name, seed, folder)
-    if not _is_kept(weights, chosen, seed):  # of other settings, too
-        run(chosen, seed, root=root, progress=False, test=False, probe=False, keep=weights, **where)
-    images, network, start = _images(chosen, root), trained(chosen, weights, root), time.perf_counter()
-    found = MEASURES[kind](chosen, network, images, seed, root, where)
+    where = dict(device=device.type, precision=best_precision(precision, device))
+
+    def get(r, s):
+        "A recipe's network for a seed: the one that was kept or, where it was not or had other settings, trained now."
+        path = _weights_path(r.name, s, folder)
+        if not _is_kept(path, r, s):
+            run(r, s, root=root, progress=False, test=False, probe=False, keep=path, **where)
+        return trained(r, path, root)
+
+    images, network, start = _images(chosen, root), get(chosen, seed), time.perf_counter()
+    found = MEASURES[kind](chosen, network, images, seed, root, where, get)
     row = dict(recipe=name, seed=seed, config=_config(chosen), weights=_fingerprint(network), data=dict(name=images.name), **{kind: found},
                seconds_in_all=round(time.perf_counter() - start, 2), **origin(device, where["precision"]))
     append_row(path, row, same=same_run)

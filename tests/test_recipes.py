@@ -361,7 +361,7 @@ def test_weights_that_are_not_the_recipes(tmp_path):
 
 @pytest.mark.parametrize("kind", recipes.MEASURES)
 def test_a_measure_needs_no_second_training(known, kind, tmp_path, monkeypatch):
-    row = recipes.run_and_keep("ridge", 0, folder=tmp_path, **QUIET)
+    _, row = (recipes.run_and_keep("ridge", seed, folder=tmp_path, **QUIET) for seed in (1, 0))
     trained_again = []
     monkeypatch.setattr(recipes, "run", lambda *a, **k: trained_again.append(a))
     measured = recipes.measure(kind, "ridge", 0, folder=tmp_path, device="cpu", precision="fp32")
@@ -375,6 +375,21 @@ def test_a_network_that_was_not_kept_is_trained_for_its_measure(known, tmp_path)
     row = recipes.run_and_keep("ridge", 1, folder=tmp_path, **QUIET)
     (tmp_path / "networks" / "ridge-1.safetensors").unlink()
     assert recipes.measure("diagnostics", "ridge", 1, folder=tmp_path, device="cpu", precision="fp32")["weights"] == row["weights"]
+
+
+def test_networks_are_compared_with_their_start_their_kin_and_backprop(known, tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "rival", replace(RIDGE, name="rival", method="backprop"))
+    found = recipes.measure("cka", "ridge", 4, folder=tmp_path, device="cpu", precision="fp32")["cka"]
+    assert list(found) == ["itself", "start", "kin", "backprop"]
+    assert {p.name for p in (tmp_path / "networks").iterdir()} == {"ridge-4.safetensors", "ridge-0.safetensors", "rival-4.safetensors"}
+    for name, table in found.items():
+        table = torch.tensor(table)
+        assert table.shape == (2, 2) and (table <= 1).all() and (torch.allclose(table.diag(), torch.ones(2)) == (name == "itself"))
+    other = recipes.measure("cka", "rival", 4, folder=tmp_path, device="cpu", precision="fp32")["cka"]
+    assert other["backprop"] == other["itself"]
+    monkeypatch.setitem(recipes.RECIPES, "ridge", replace(RIDGE, lr=0.0))  # as it started
+    found = recipes.measure("cka", "ridge", 0, folder=tmp_path, device="cpu", precision="fp32")["cka"]
+    assert found["start"][0][0] > 0.98 and found["kin"][0][0] < found["start"][0][0]
 
 
 def test_impossible_measures(tmp_path):
