@@ -36,15 +36,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import ff_research
-from .cka import cka_matrix
-from .collaboration import contributions, layer_goodness
+from .cka import compare
 from .data import as_float, centred, hold_out, load, validation_size
 from .diagnostics import diagnose
-from .entropy import entropic, entropy_parts, functional_entropy, log_goodness
+from .entropy import entropic, goodness_parts, log_goodness, stream_entropy
 from .goodness import hinton, sum_of_squares, swish_symba, symba
 from .labels import wrong_labels
 from .layers import Network
-from .readout import features, fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
+from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
 from .results import append_row, latest, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
 from .transfer import transfer_row
@@ -514,32 +513,25 @@ def _rounded(found):
     return {key: _rounded(v) if isinstance(v, dict) else [_number(float(x)) for x in v] if getattr(v, "ndim", isinstance(v, list)) else _number(float(v)) for key, v in found.items()}
 
 def _parted(recipe, network, images, seed, root, where, get):
-    "Who does the work, on the test images: errors of the layers together, alone and without each, and the entropy of their goodness over images and labels, by its mean."
     if not getattr(_strategy_of(recipe, images.num_classes), "contrasts_labels", False):
         raise ValueError(f"recipe {recipe.name!r}: there are no labels to read from its layers' goodness")
-    g = layer_goodness(network, images.x_test, images.num_classes, **where).double()  # [layers, images, classes]
-    parts, labels = entropy_parts(g.flatten(1) / g.mean()), entropy_parts((g / g.mean((0, 2), keepdim=True)).transpose(0, 1))
-    return _rounded(dict(sum=contributions(network, images, **where), log=contributions(network, images, goodness=log_goodness, **where),
-                         goodness=g.mean((1, 2)), entropy=parts, labels={key: v.mean() for key, v in labels.items()}))
+    return _rounded(goodness_parts(network, images, **where))
 
 # %% ../nbs/90_recipes.ipynb #0ac50787
 def _followed(recipe, network, images, seed, root, where, get):
-    "The training once more, and after each epoch, on 2,000 held-out images: error, and for positives and negatives the functional entropy of each layer's goodness by its mean."
-    held = hold_out(images, validation_size(images))
-    x, y, courses = held.x_test[:2000], held.y_test[:2000], []
-    few, wrong = replace(held, x_test=x, y_test=y), wrong_labels(y, images.num_classes, torch.Generator().manual_seed(0))
+    "The training once more: before it and after each epoch, error and entropy on 2,000 held-out images."
+    held, course = hold_out(images, validation_size(images)), []
+    few = replace(held, x_test=held.x_test[:2000], y_test=held.y_test[:2000])
+    wrong = wrong_labels(few.y_test, images.num_classes, torch.Generator().manual_seed(0))
     def look(epoch, network):
-        g = layer_goodness(network, x, images.num_classes, **where)
-        streams = [g.gather(2, label.expand(len(g), -1)[..., None]).squeeze(2).double() for label in (y, wrong)]
-        entropy = [(functional_entropy(s, -1) / s.mean(-1).clamp_min(1e-12)).tolist() for s in streams]
-        courses.append(dict(error=per_label_goodness(network, few, first=1, goodness=_read(recipe), **where), g_pos=streams[0].mean(1), g_neg=streams[1].mean(1),
-                            entropy_pos=entropy[0], entropy_neg=entropy[1]))
+        error = per_label_goodness(network, few, first=1, goodness=_read(recipe), **where)
+        course.append(_rounded(dict(error=error, **stream_entropy(network, few.x_test, few.y_test, wrong, images.num_classes, **where))))
     fresh = _network(recipe, images, seed)
     look(-1, fresh)
     _fit(recipe, fresh, held, seed, after_epoch=look, **where)
     if _fingerprint(fresh) != _fingerprint(network):
         raise RuntimeError(f"recipe {recipe.name!r}, seed {seed}: another training gave other weights")
-    return [_rounded(course) for course in courses]
+    return course
 
 # %% ../nbs/90_recipes.ipynb #ee789960
 def _compared(recipe, network, images, seed, root, where, get):
@@ -549,10 +541,9 @@ def _compared(recipe, network, images, seed, root, where, get):
     others = dict(start=_network(recipe, images, seed), kin=get(recipe, (seed + 1) % 5)) | ({} if rival is None else dict(backprop=get(rival, seed)))
     strategy = _strategy_of(recipe, images.num_classes)
     classes = images.num_classes if getattr(strategy, "contrasts_labels", False) else None
-    own = features(network, images.x_test, classes, **where)
     try:
-        return {name: [[_number(v) for v in line] for line in cka_matrix(own, other and features(other, images.x_test, classes, **where)).tolist()]
-                for name, other in dict(itself=None, **others).items()}
+        found = compare(network, dict(itself=None, **others), images.x_test, classes, **where)
+        return {name: [[_number(v) for v in line] for line in table.tolist()] for name, table in found.items()}
     except ValueError as error:  # a layer that tells no images apart
         return dict(impossible=str(error))
 

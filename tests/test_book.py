@@ -101,6 +101,12 @@ def test_prose_leads(path):
 
 
 @each_notebook
+def test_no_text_has_slipped_into_code(path):
+    assert [source(cell)[:80] for cell in cells(path, "code") if re.search(r"^# #+ ", source(cell), re.M)] == []
+    assert any(re.search(r"^## What we learned", source(cell), re.M) for cell in cells(path, "markdown"))
+
+
+@each_notebook
 def test_notebook_is_small(path):
     assert path.stat().st_size < 500_000
 
