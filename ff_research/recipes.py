@@ -192,7 +192,7 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
         RECIPES[f"{short}-talk-{name}"] = replace(TALK, name=f"{short}-talk-{name}", data=data, **what)
 for name, mode in (("symba", None), ("symba-previous", "previous"), ("symba-all", "all")):
     RECIPES[f"mnist-talk-{name}"] = replace(TALK, name=f"mnist-talk-{name}", objective="symba", peer=0.0, full_gradient=False, collaboration=mode)
-for name in ("class_confusion", "hard_mining", "image_mixing", "masking", "random_noise"):  # the grid's, with layers that talk
+for name in ("class_confusion", "hard_mining", "image_mixing"):  # the grid's, with layers that talk
     known = f"mnist-{name.replace('_', '-')}-all"
     RECIPES[known] = replace(GRID, name=known, strategy=name, collaboration="all", first=1)
 
@@ -214,6 +214,10 @@ for what, settings in FOUND.items():
         name = f"{short}-{what}"
         more = {} if second is None else dict(options=(("theta", second),)) if RECIPES[name].objective else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
+for mode in ("alone", "previous", "all"):  # with the settings of three layers and eight epochs: other depths, and longer
+    three = RECIPES[f"mnist-talk-{mode}"]
+    for name, change in (("2layers", dict(widths=(500,) * 2)), ("8layers", dict(widths=(500,) * 8)), ("long", dict(epochs=30))):
+        RECIPES[f"{three.name}-{name}"] = replace(three, name=f"{three.name}-{name}", **change)
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
@@ -399,7 +403,7 @@ LR_TALK = {"hinton": (0.0003, 0.001, 0.003, 0.01, 0.03), "entropic": (0.01, 0.03
 SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
           "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
-    if r.probes == "ridge" and r.epochs:
+    if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long")):
         rates = LR_TALK[r.objective] if r.centred else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
         field, *others = SECOND[r.objective]
         SEARCHES[name] = {"lr": rates, field: (getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
