@@ -208,16 +208,21 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "adversarial": ((0.001, 1000), (0.0003, 1000), (1e-05, 1000)),
     "self-contrastive": ((0.03, 0.003), (0.03, None), (0.01, None)),
     "mono-forward": ((0.1, None), (0.03, None), (0.01, 0.0)),
-    "backprop": ((0.03, 0.0), (0.01, 0.0), (0.01, None))}
+    "backprop": ((0.03, 0.0), (0.01, 0.0), (0.01, None)),
+    "talk-alone": ((0.003, 250), (0.003, None), (0.001, 1000)),
+    "talk-previous": ((0.01, 1000), (0.01, None), (0.001, 1000)),
+    "talk-all": ((0.01, 250), (0.003, None), (0.0003, 2000)),
+    "talk-alone-greedy": ((0.003, None), (0.01, 250), (0.001, 2000)),
+    "talk-previous-greedy": ((0.01, 1000), (0.003, 1000), (0.001, 2000)),
+    "talk-entropic": ((0.3, 0.1), (0.3, 0.1), (0.1, None)),
+    "talk-pairwise": ((0.01, None), (0.003, None), (0.0003, 2000)),
+    "talk-backprop": ((0.03, None), (0.03, None), (0.03, 0.0))}
 for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
-        more = {} if second is None else dict(options=(("theta", second),)) if RECIPES[name].objective else dict(weight_decay=second)
+        option = {None: None, "hinton": "theta", "entropic": "epsilon", "symba": "alpha"}[RECIPES[name].objective]
+        more = {} if second is None else dict(options=((option, second),)) if option else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
-for mode in ("alone", "previous", "all"):  # with the settings of three layers and eight epochs: other depths, and longer
-    three = RECIPES[f"mnist-talk-{mode}"]
-    for name, change in (("2layers", dict(widths=(500,) * 2)), ("8layers", dict(widths=(500,) * 8)), ("long", dict(epochs=30))):
-        RECIPES[f"{three.name}-{name}"] = replace(three, name=f"{three.name}-{name}", **change)
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
