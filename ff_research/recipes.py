@@ -224,6 +224,11 @@ for what, settings in FOUND.items():
         more = {} if second is None else dict(options=((option, second),)) if option else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
 
+for mode in ("alone", "previous", "all"):  # with the settings of three layers and eight epochs: other depths, and longer
+    three = RECIPES[f"mnist-talk-{mode}"]
+    for name, change in (("2layers", dict(widths=(500,) * 2)), ("8layers", dict(widths=(500,) * 8)), ("long", dict(epochs=30))):
+        RECIPES[f"{three.name}-{name}"] = replace(three, name=f"{three.name}-{name}", **change)
+
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
     "A recipe by its name. Raises ValueError, with the nearest right name, for an unknown one."
