@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from ff_research import cka
-from ff_research.cka import cka_matrix, linear_cka, minibatch_cka
+from ff_research.cka import cka_matrix, compare, linear_cka, minibatch_cka
+from ff_research.data import load
+from ff_research.layers import Network
+from ff_research.readout import features
 
 
 @pytest.fixture
@@ -130,3 +133,20 @@ def test_a_whole_test_set_takes_seconds():
     value = linear_cka(x, y)
     assert time.process_time() - start < 10  # of two cores' time together
     assert value == pytest.approx(linear_cka(x.double(), y.double()), abs=1e-7)
+
+
+def test_networks_are_compared_on_the_same_images_in_the_same_convention():
+    images, where = load("digits"), dict(precision="fp32", device="cpu")
+    a, b = Network([64, 20, 15], seed=1), Network([64, 30, 10, 12], seed=2)
+    for classes in (None, 10):
+        found = compare(a, {"itself": None, "other": b}, images.x_test, classes, **where)
+        xs, ys = (features(network, images.x_test, classes, **where) for network in (a, b))
+        assert torch.equal(found["itself"], cka_matrix(xs)) and torch.equal(found["other"], cka_matrix(xs, ys)) and found["other"].shape == (2, 3)
+    biased = compare(a, {"other": b}, images.x_test[:20], unbiased=False, **where)["other"]
+    assert (biased > compare(a, {"other": b}, images.x_test[:20], **where)["other"]).all()
+    with pytest.raises(ValueError, match="samples"):
+        compare(a, {"other": b}, images.x_test[:3], **where)
+    with torch.no_grad():
+        b.layers[1].weight.zero_()
+    with pytest.raises(ValueError, match="constant"):
+        compare(a, {"other": b}, images.x_test, **where)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ff_research.collaboration import contributions, layer_goodness, theta_sweep
 from ff_research.data import load
-from ff_research.entropy import entropic, entropy_loss, entropy_parts, functional_entropy, log_goodness
+from ff_research.entropy import entropic, entropy_loss, entropy_parts, functional_entropy, goodness_parts, log_goodness, stream_entropy
 from ff_research.goodness import GoodnessObjective, hinton, mean_activity, sum_of_squares, symba
 from ff_research.layers import Network, normalise, prepare
 from ff_research.readout import label_goodness, per_label_goodness
@@ -342,3 +342,46 @@ def test_entropic_objective_trains_without_a_threshold(digits):
         train(network, digits, LABELS(10), epochs=10, objective=entropic(), collaboration=mode, lr=0.1, **QUIET)
         error = per_label_goodness(network, digits, first=1, goodness=log_goodness if mode is None else sum_of_squares, precision="fp32", device="cpu")
         assert error < 40, (mode, error)
+
+
+def test_an_account_of_goodness_is_that_of_its_parts(digits):
+    network = Network([64, 30, 25, 20], seed=5)
+    where = dict(precision="fp32", device="cpu")
+    found, g = goodness_parts(network, digits, **where), layer_goodness(network, digits.x_test, 10, **where).double()
+    assert found["sum"] == contributions(network, digits, **where) and found["log"] == contributions(network, digits, goodness=log_goodness, **where)
+    assert found["goodness"] == pytest.approx(g.mean((1, 2)).tolist())
+    whole = torch.xlogy(g / g.mean(), g / g.mean()).mean().item()  # functional entropy of the goodness by its mean, from the definition
+    assert found["entropy"]["total"] == pytest.approx(whole, abs=1e-9)
+    each = [torch.xlogy(h / h.mean(), h / h.mean()).mean().item() for h in g.transpose(0, 1)]
+    assert found["labels"]["total"] == pytest.approx(sum(each) / len(each), abs=1e-9)
+    for parts in (found["entropy"], found["labels"]):
+        assert parts["total"] == pytest.approx(parts["between"] + parts["joint"] + parts["interaction"], abs=1e-6)
+    scaled = copy.deepcopy(network)
+    with torch.no_grad():
+        for layer in scaled.layers:
+            layer.weight *= 7  # all layers louder alike: entropies by the mean stay
+    again = goodness_parts(scaled, digits, **where)
+    assert again["labels"] == pytest.approx(found["labels"], abs=1e-5) and again["goodness"] == pytest.approx([49 * v for v in found["goodness"]], rel=1e-4)
+
+
+def test_an_account_of_silence_holds_no_nan(digits):
+    network = Network([64, 10, 10])
+    with torch.no_grad():
+        for layer in network.layers:
+            layer.weight.zero_()
+    found = goodness_parts(network, digits, precision="fp32", device="cpu")
+    assert all(math.isfinite(v) for part in ("entropy", "labels") for v in found[part].values()) and found["goodness"] == [0, 0]
+
+
+def test_entropy_of_the_streams(digits):
+    network, x, y = Network([64, 30, 20], seed=5), digits.x_test[:50], digits.y_test[:50]
+    wrong, where = (y + 3) % 10, dict(precision="fp32", device="cpu")
+    found = stream_entropy(network, x, y, wrong, 10, **where)
+    g = layer_goodness(network, x, 10, **where).double()
+    for name, labels in (("pos", y), ("neg", wrong)):
+        for i, layer in enumerate(g):
+            h = layer[torch.arange(50), labels]
+            assert found[f"g_{name}"][i] == pytest.approx(h.mean().item())
+            assert found[f"entropy_{name}"][i] == pytest.approx((functional_entropy(h) / h.mean()).item(), abs=1e-9)
+    same = stream_entropy(network, x[:1].expand(20, -1, -1, -1), y[:1].expand(20), y[:1].expand(20), 10, **where)
+    assert same["entropy_pos"] == pytest.approx([0, 0], abs=1e-9) and same["entropy_pos"] == same["entropy_neg"]
