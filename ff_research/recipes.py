@@ -216,7 +216,10 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "talk-previous-greedy": ((0.01, 1000), (0.003, 1000), (0.001, 2000)),
     "talk-entropic": ((0.3, 0.1), (0.3, 0.1), (0.1, None)),
     "talk-pairwise": ((0.01, None), (0.003, None), (0.0003, 2000)),
-    "talk-backprop": ((0.03, None), (0.03, None), (0.03, 0.0))}
+    "talk-backprop": ((0.03, None), (0.03, None), (0.03, 0.0)),
+    "talk-symba": ((0.3, 8),),
+    "talk-symba-all": ((0.3, 8),),
+    "hard-mining-all": ((0.003, 1000),)}
 for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
