@@ -764,6 +764,7 @@ class _Pairwise(_Backprop):
         loss, g = self.objective(activity, y, squares=total)
         g_pos, g_neg = g.detach().chunk(2)
         return loss, (g_pos > g_neg).float().mean()
+
     def tensors(self):
         return super().tensors() | {f"strategy.{name}": t for name, t in self.strategy.tensors().items()}
 
