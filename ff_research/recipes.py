@@ -186,7 +186,8 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
 TALK = replace(GRID, name="talk", centred=10.0, first=1)
 TALKS = {"alone": {}, "previous": dict(collaboration="previous"), "all": dict(collaboration="all"), "alone-greedy": dict(schedule="greedy"),
          "previous-greedy": dict(schedule="greedy", collaboration="previous"), "entropic": dict(objective="entropic", peer=0.0),
-         "pairwise": dict(method="pairwise", peer=0.0, full_gradient=False), "backprop": dict(method="backprop", **OWN)}
+         "pairwise": dict(method="pairwise", peer=0.0, full_gradient=False), "backprop": dict(method="backprop", **OWN), "random": dict(method="random", strategy="image_mixing", epochs=0, **OWN),
+         "layer-wise": dict(strategy="layer_wise"), "image-mixing": dict(strategy="image_mixing"), "mono-forward": dict(strategy="mono_forward", **OWN)}
 for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10", "cifar10")):
     for name, what in TALKS.items():
         RECIPES[f"{short}-talk-{name}"] = replace(TALK, name=f"{short}-talk-{name}", data=data, **what)
@@ -510,7 +511,7 @@ def run_and_keep(name, seed, *, folder=None, progress=True, **options):
     return row
 
 # %% ../nbs/90_recipes.ipynb #52f519a4
-TARGETS = {"mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",), "cifar10": ("mnist", "fashion_mnist")}  # other sources are their own target
+TARGETS = ("mnist", "fashion_mnist", "cifar10")  # each of them is read by the networks of the others; other sources are their own target
 
 def _strategy_of(recipe, num_classes):
     "The strategy that trained a recipe's network; None for other methods."
@@ -520,7 +521,8 @@ def _diagnosed(recipe, network, images, seed, root, where, get):
     return diagnose(network, images, _strategy_of(recipe, images.num_classes), seed=seed, **where)
 
 def _transferred(recipe, network, images, seed, root, where, get):
-    targets = [_images(recipe, root, data=name) for name in TARGETS.get(recipe.data, (recipe.data,))]
+    names = [name for name in TARGETS if name != recipe.data] if recipe.data in TARGETS else [recipe.data]
+    targets = [_images(recipe, root, data=name) for name in names]
     strategy = _strategy_of(recipe, images.num_classes)
     return transfer_row(network, images.shape, targets, neutral_label=images.num_classes if getattr(strategy, "contrasts_labels", False) else False, shots=(1, 10), **where)
 
