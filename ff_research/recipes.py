@@ -44,9 +44,10 @@ from .goodness import hinton, sum_of_squares, swish_symba, symba
 from .labels import wrong_labels
 from .layers import Network
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
+from .reach import reach_row
 from .results import append_row, latest, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
-from .transfer import transfer_row
+from .transfer import refit, transfer_row
 from .training import COLLABORATIONS, LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, _one_of, best_device, best_precision, train, train_backprop
 
 # %% ../nbs/90_recipes.ipynb #81522fb9
@@ -218,6 +219,7 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "talk-entropic": ((0.3, 0.1), (0.3, 0.1), (0.1, None)),
     "talk-pairwise": ((0.01, None), (0.003, None), (0.0003, 2000)),
     "talk-backprop": ((0.03, None), (0.03, None), (0.03, 0.0)),
+    "talk-layer-wise": ((0.003, 2000), (0.003, 1000), (0.001, 1000)),
     "talk-symba": ((0.3, 8),),
     "talk-symba-all": ((0.3, 8),),
     "hard-mining-all": ((0.003, 1000),)}
@@ -517,19 +519,35 @@ def _strategy_of(recipe, num_classes):
     "The strategy that trained a recipe's network; None for other methods."
     return STRATEGIES[recipe.strategy](num_classes=num_classes) if recipe.method in ("ff", "pairwise") else None
 
+def _neutral(recipe, images):
+    "What `neutral_label` is to be for a recipe's network: the number of classes that it knew by labels, or False."
+    return images.num_classes if getattr(_strategy_of(recipe, images.num_classes), "contrasts_labels", False) else False
+
+def _abroad(recipe, root):
+    "The data sets that a recipe's network is to read, treated as its own."
+    names = [name for name in TARGETS if name != recipe.data] if recipe.data in TARGETS else [recipe.data]
+    return {name: _images(recipe, root, data=name) for name in names}
+
 def _diagnosed(recipe, network, images, seed, root, where, get):
     return diagnose(network, images, _strategy_of(recipe, images.num_classes), seed=seed, **where)
 
 def _transferred(recipe, network, images, seed, root, where, get):
-    names = [name for name in TARGETS if name != recipe.data] if recipe.data in TARGETS else [recipe.data]
-    targets = [_images(recipe, root, data=name) for name in names]
-    strategy = _strategy_of(recipe, images.num_classes)
-    return transfer_row(network, images.shape, targets, neutral_label=images.num_classes if getattr(strategy, "contrasts_labels", False) else False, shots=(1, 10), **where)
+    return transfer_row(network, images.shape, _abroad(recipe, root), neutral_label=_neutral(recipe, images), shots=(1, 10), **where)
+
+def _reached(recipe, network, images, seed, root, where, get):
+    (name, target), *_ = _abroad(recipe, root).items()
+    last = len(network.layers)
+    layers = ["layer_1", f"layers_2_to_{last}"] if last > 2 else None
+    return _rounded(reach_row(network, images.shape, {name: target}, neutral_label=_neutral(recipe, images), layers=layers, **where))
 
 # %% ../nbs/90_recipes.ipynb #3eacab8d
 def _rounded(found):
     "A dictionary of numbers, lists and tensors with four digits after the point."
-    return {key: _rounded(v) if isinstance(v, dict) else [_number(float(x)) for x in v] if getattr(v, "ndim", isinstance(v, list)) else _number(float(v)) for key, v in found.items()}
+    def one(v):
+        if isinstance(v, dict):
+            return _rounded(v)
+        return [_number(float(x)) for x in v] if getattr(v, "ndim", isinstance(v, list)) else None if v is None else _number(float(v))
+    return {key: one(v) for key, v in found.items()}
 
 def _parted(recipe, network, images, seed, root, where, get):
     if not getattr(_strategy_of(recipe, images.num_classes), "contrasts_labels", False):
@@ -537,6 +555,15 @@ def _parted(recipe, network, images, seed, root, where, get):
     return _rounded(goodness_parts(network, images, **where))
 
 # %% ../nbs/90_recipes.ipynb #0ac50787
+def _trained_again(recipe, network, images, seed, look, course, where):
+    "Look at a recipe's network before training and after each epoch; gives what was seen. Raises RuntimeError unless the training ends in the same weights."
+    fresh = _network(recipe, images, seed)
+    look(-1, fresh)
+    _fit(recipe, fresh, hold_out(images, validation_size(images)), seed, after_epoch=look, **where)
+    if _fingerprint(fresh) != _fingerprint(network):
+        raise RuntimeError(f"recipe {recipe.name!r}, seed {seed}: another training gave other weights")
+    return course
+
 def _followed(recipe, network, images, seed, root, where, get):
     "The training once more: before it and after each epoch, error and entropy on 2,000 held-out images."
     held, course = hold_out(images, validation_size(images)), []
@@ -545,12 +572,19 @@ def _followed(recipe, network, images, seed, root, where, get):
     def look(epoch, network):
         error = per_label_goodness(network, few, first=1, goodness=_read(recipe), **where)
         course.append(_rounded(dict(error=error, **stream_entropy(network, few.x_test, few.y_test, wrong, images.num_classes, **where))))
-    fresh = _network(recipe, images, seed)
-    look(-1, fresh)
-    _fit(recipe, fresh, held, seed, after_epoch=look, **where)
-    if _fingerprint(fresh) != _fingerprint(network):
-        raise RuntimeError(f"recipe {recipe.name!r}, seed {seed}: another training gave other weights")
-    return course
+    return _trained_again(recipe, network, images, seed, look, course, where)
+
+# %% ../nbs/90_recipes.ipynb #d862a908
+def _travelled(recipe, network, images, seed, root, where, get):
+    "The training once more: before it and after each epoch, probe errors of each layer at home and on the first other set, fitted on 12,000 images and read on held-out ones."
+    def some(data):
+        held = hold_out(data, validation_size(data))
+        return replace(held, name="some", x_train=held.x_train[:12_000], y_train=held.y_train[:12_000])
+    sets, course = dict(home=some(images), away=some(refit(next(iter(_abroad(recipe, root).values())), images.shape))), []
+    def look(epoch, network):
+        found = transfer_row(network, None, sets, neutral_label=_neutral(recipe, images), shots=(), **where)
+        course.append({name: part["test"] for name, part in found.items()})
+    return _trained_again(recipe, network, images, seed, look, course, where)
 
 # %% ../nbs/90_recipes.ipynb #ee789960
 def _compared(recipe, network, images, seed, root, where, get):
@@ -566,7 +600,7 @@ def _compared(recipe, network, images, seed, root, where, get):
     except ValueError as error:  # a layer that tells no images apart
         return dict(impossible=str(error))
 
-MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed, "cka": _compared}
+MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed, "cka": _compared, "reach": _reached, "travel": _travelled}
 
 # %% ../nbs/90_recipes.ipynb #7955b107
 def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precision="auto"):
