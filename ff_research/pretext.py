@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETEXTS', 'pretext']
 
-# %% ../nbs/16_pretext.ipynb #1280070a
+# %% ../nbs/16_pretext.ipynb #bad2832f
 import itertools
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import torch
 
 from .training import _one_of
 
-# %% ../nbs/16_pretext.ipynb #31ce9c9a
+# %% ../nbs/16_pretext.ipynb #3628ff54
 PRETEXTS = {"rotation": 4, "flip": 2, "flips": 4, "jigsaw": 24}  # task: its number of classes
 
 def _arrangements(task, height, width):
@@ -28,7 +28,7 @@ def _arrangements(task, height, width):
         made = [grid, grid.flip(1), grid.flip(0), grid.flip(0, 1)][:PRETEXTS[task]]
     return torch.stack([one.reshape(-1) for one in made])
 
-# %% ../nbs/16_pretext.ipynb #449b4d42
+# %% ../nbs/16_pretext.ipynb #71a21ffa
 def _rearranged(x, y, table):
     "Each image `[samples, channels, height, width]` with its pixels in the order of its class; a gather for each class, whatever the number of images."
     pixels = x.flatten(2)
@@ -51,7 +51,7 @@ def _check_task(images, task):
     if len(images.x_train) < PRETEXTS[task]:
         raise ValueError(f"{images.name!r} has {len(images.x_train)} training images, fewer than the {PRETEXTS[task]} classes of {task}")
 
-# %% ../nbs/16_pretext.ipynb #a1892342
+# %% ../nbs/16_pretext.ipynb #ccf3b200
 def pretext(images, task, seed=0):
     """A self-supervised task made of the pictures alone: each is turned, mirrored or cut up at random, and its new label says how. Gives `Images`.
 
