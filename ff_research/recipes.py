@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECIPES', 'DIGITS',
-           'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'FOUND', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES',
-           'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin', 'trained', 'run',
-           'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep', 'measure', 'measured',
-           'publish_measures', 'run_many']
+           'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS',
+           'SEARCHES', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin', 'trained',
+           'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep', 'measure',
+           'measured', 'publish_measures', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -43,6 +43,7 @@ from .entropy import entropic, goodness_parts, log_goodness, stream_entropy
 from .goodness import hinton, sum_of_squares, swish_symba, symba
 from .labels import wrong_labels
 from .layers import Network
+from .pretext import PRETEXTS, pretext
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
 from .reach import reach_row
 from .results import append_row, latest, read_rows, results_folder, same_run
@@ -61,8 +62,9 @@ class Recipe:
     """Everything that a rerun needs. `method` is "ff", "backprop", "pairwise" (backpropagation of FF's own loss), "random" (an untrained network) or "pixels" (no network).
 
     widths: units of each layer; objective: a name of `OBJECTIVES` and its options, or None for the strategy's own;
-    centred: energy of the centred images (`data.centred`), 0 for plain ones; first: the first layer whose goodness the labels are read from;
-    probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker);
+    centred: energy of the centred images (`data.centred`), 0 for plain ones; first: the first layer whose goodness the labels are read from, and which is
+    in the loss of "pairwise"; probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker);
+    pretext: a task of `PRETEXTS` whose labels take the place of the data set's own (`pretext`, always drawn with seed 0), None for none;
     target: the published number that the recipe is to reach, with its source. Raises ValueError for a field that no run can use.
     """
     name: str
@@ -85,6 +87,7 @@ class Recipe:
     centred: float = 0.0
     first: int = 2
     probes: str = "softmax"
+    pretext: str | None = None
     target: str = ""
 
     def __post_init__(self):
@@ -135,6 +138,8 @@ def _check_fields(recipe):
         _one_of(getattr(recipe, key), tuple(known), f"{key} of recipe {recipe.name!r}")
     if recipe.collaboration is not None:
         _one_of(recipe.collaboration, COLLABORATIONS, f"collaboration of recipe {recipe.name!r}")
+    if recipe.pretext is not None:
+        _one_of(recipe.pretext, tuple(PRETEXTS), f"pretext of recipe {recipe.name!r}")
     if recipe.objective is not None:
         _one_of(recipe.objective, tuple(OBJECTIVES), f"objective of recipe {recipe.name!r}")
     takes = [key for key in inspect.signature(OBJECTIVES[recipe.objective]).parameters if key != "goodness"] if recipe.objective else []
@@ -198,6 +203,15 @@ for name in ("class_confusion", "hard_mining", "image_mixing"):  # the grid's, w
     known = f"mnist-{name.replace('_', '-')}-all"
     RECIPES[known] = replace(GRID, name=known, strategy=name, collaboration="all", first=1)
 
+# pretext tasks: classes made from the pictures alone, in the network and with the budget of the layers that talk
+PRETEXT = {"ff": dict(first=2), "backprop": TALKS["backprop"], "random": dict(method="random", strategy="image_mixing", epochs=0, **OWN),
+           "pairwise": TALKS["pairwise"], "last": TALKS["pairwise"] | dict(first=3)}
+for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10", "cifar10")):
+    for task in PRETEXTS if short == "mnist" else ("rotation",):
+        for name in list(PRETEXT)[:2 if task != "rotation" else 5 if short == "mnist" else 3]:
+            known = f"{short}-{task}-{name}"
+            RECIPES[known] = replace(TALK, name=known, data=data, pretext=task, **PRETEXT[name])
+
 # %% ../nbs/90_recipes.ipynb #ca70d20e
 FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, and theta or, where there is none, weight decay, None: as it was)
     "label-embedding": ((0.003, 1000), (0.001, 250), (0.0001, None)),
@@ -223,6 +237,10 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "talk-symba": ((0.3, 8),),
     "talk-symba-all": ((0.3, 8),),
     "hard-mining-all": ((0.003, 1000),)}
+for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pairwise"), ("last", "pairwise")):
+    for task in PRETEXTS:  # where a pretext task has no line of its own, the method has the settings that it has with true labels
+        if f"mnist-{task}-{name}" in RECIPES:
+            FOUND.setdefault(f"{task}-{name}", FOUND[f"talk-{like}"][:3 if f"cifar10-{task}-{name}" in RECIPES else 1])
 for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
@@ -281,6 +299,7 @@ def _fingerprint(network):
 def _images(recipe, root=None, device="cpu", data=None):
     "A recipe's images, or others treated as these are."
     images = load(data or recipe.data, root=root, device=device)
+    images = pretext(images, recipe.pretext) if recipe.pretext else images
     return centred(images, recipe.centred) if recipe.centred else images
 
 def _network(recipe, images, seed=0):
@@ -296,7 +315,7 @@ def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_e
     strategy = STRATEGIES[recipe.strategy](num_classes=images.num_classes)
     objective = OBJECTIVES[recipe.objective](**dict(recipe.options)) if recipe.objective else None
     if recipe.method == "pairwise":
-        return train_backprop(network, images, strategy=strategy, objective=objective, **shared)
+        return train_backprop(network, images, strategy=strategy, objective=objective, first=min(recipe.first, len(recipe.widths)), **shared)
     return train(network, images, strategy, objective=objective, schedule=recipe.schedule, collaboration=recipe.collaboration, **shared)
 
 # %% ../nbs/90_recipes.ipynb #47a7cae0
@@ -361,7 +380,7 @@ def trained(recipe, path, root=None):
     images = load(recipe.data, root=root)
     network = _network(recipe, images)
     if recipe.method == "backprop":
-        network.head = torch.nn.Linear(recipe.widths[-1], images.num_classes)
+        network.head = torch.nn.Linear(recipe.widths[-1], PRETEXTS.get(recipe.pretext, images.num_classes))
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -375,7 +394,7 @@ def trained(recipe, path, root=None):
 # %% ../nbs/90_recipes.ipynb #d179d207
 def _config(recipe):
     "The settings of a recipe as JSON would give them back: without name and target, lists in the place of tuples. Fields that came later than the first rows stand there only where they are used."
-    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax")) if getattr(recipe, key) == plain}
+    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None)) if getattr(recipe, key) == plain}
     return json.loads(json.dumps({key: v for key, v in asdict(recipe).items() if key not in {"name", "target", *later}}))
 
 # %% ../nbs/90_recipes.ipynb #27007b3d
@@ -525,8 +544,9 @@ def _neutral(recipe, images):
 
 def _abroad(recipe, root):
     "The data sets that a recipe's network is to read, treated as its own."
-    names = [name for name in TARGETS if name != recipe.data] if recipe.data in TARGETS else [recipe.data]
-    return {name: _images(recipe, root, data=name) for name in names}
+    known = recipe.data in TARGETS and not recipe.pretext  # from a pretext task it is the true classes of the same pictures
+    names = [name for name in TARGETS if name != recipe.data] if known else [recipe.data]
+    return {name: _images(replace(recipe, pretext=None), root, data=name) for name in names}
 
 def _diagnosed(recipe, network, images, seed, root, where, get):
     return diagnose(network, images, _strategy_of(recipe, images.num_classes), seed=seed, **where)
@@ -589,7 +609,7 @@ def _travelled(recipe, network, images, seed, root, where, get):
 # %% ../nbs/90_recipes.ipynb #ee789960
 def _compared(recipe, network, images, seed, root, where, get):
     "CKA of every layer with every layer on the test images: of the network with itself, its start, its kin of the next seed (of five), and backpropagation's of the same seed."
-    alike = dict(data=recipe.data, widths=recipe.widths, centred=recipe.centred, probes=recipe.probes, method="backprop")
+    alike = dict(data=recipe.data, widths=recipe.widths, centred=recipe.centred, probes=recipe.probes, pretext=recipe.pretext, method="backprop")
     rival = next((r for r in RECIPES.values() if all(getattr(r, key) == v for key, v in alike.items())), None)
     others = dict(start=_network(recipe, images, seed), kin=get(recipe, (seed + 1) % 5)) | ({} if rival is None else dict(backprop=get(rival, seed)))
     strategy = _strategy_of(recipe, images.num_classes)

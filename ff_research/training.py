@@ -746,21 +746,21 @@ class _Backprop:
 
 # %% ../nbs/05_training.ipynb #e47fbb27
 class _Pairwise(_Backprop):
-    "The network trained end to end by the objective that its layers have in Forward-Forward, on the goodness of all of them together."
+    "The network trained end to end by the objective that its layers have in Forward-Forward, on the goodness of all of them from `first` on together."
     headed = False
 
-    def __init__(self, network, strategy, objective, generator, *options):
+    def __init__(self, network, strategy, objective, first, generator, *options):
         super().__init__(network, *options)
-        self.strategy, self.objective, self.generator = strategy, objective, generator
+        self.strategy, self.objective, self.first, self.generator = strategy, objective, first, generator
         strategy.begin(self.twin)
 
     def loss(self, x, y):
         "The objective of the summed goodness, and the share of pairs whose positive has more of it."
         with torch.no_grad():
             h, total = self.twin.prepare(self.strategy.streams(x, y, self.twin, self.generator)), 0.0
-        for layer in self.twin.layers:
+        for depth, layer in enumerate(self.twin.layers, start=1):
             activity = layer(h)
-            h, total = normalise(activity), total + sum_of_squares(activity)
+            h, total = normalise(activity), total + (sum_of_squares(activity) if depth >= self.first else 0.0)
         loss, g = self.objective(activity, y, squares=total)
         g_pos, g_neg = g.detach().chunk(2)
         return loss, (g_pos > g_neg).float().mean()
@@ -781,19 +781,22 @@ def _pairwise_objective(network, strategy, objective):
 # %% ../nbs/05_training.ipynb #cb43f3ad
 @torch.inference_mode(False)
 def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="cool_down", weight_decay=3e-4, optimizer="sgd", batch_size=100,
-                   precision="auto", device="auto", checkpoint=None, progress=True, after_epoch=None, strategy=None, objective=None):
+                   precision="auto", device="auto", checkpoint=None, progress=True, after_epoch=None, strategy=None, objective=None, first=1):
     """Train the same `Network` by backpropagation, for comparison: plain images in, a linear head (`network.head`) on the last layer.
 
     strategy: train on its positives and negatives instead, without a head, by the loss that `objective` (or the strategy's own) makes of the goodness of all
     layers together: what Forward-Forward would be if gradients passed between layers ("pairwise" backpropagation, Lorberbom et al. 2024).
+    first: with a strategy, the first layer whose goodness is in that loss; as many as there are layers leaves the last one's alone, and only its gradient teaches those below.
     Other arguments as in `train`. Gives the `History`, whose one "layer" is the whole network and whose separation is the training accuracy, or that of the pairs.
-    Raises ValueError as `train`, and for a strategy that has no such pairs, or an objective that reads more of the activity than its squares.
+    Raises ValueError as `train`, and for a strategy that has no such pairs, an objective that reads more of the activity than its squares, or a `first` that is no layer.
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         _one_of(name, known, what)
     _check(images, network, epochs, batch_size, strategy)
     if strategy is not None:
         objective = _pairwise_objective(network, strategy, objective)
+    if not 1 <= first <= (1 if strategy is None else len(network.layers)):
+        raise ValueError(f"first={first}: expected the number of a layer, 1…{len(network.layers)}, and 1 without a strategy, where no goodness is in the loss")
     device = best_device(device)
     precision = best_precision(precision, device)
     if strategy is None and not hasattr(network, "head"):
@@ -802,7 +805,7 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
         nn.init.zeros_(network.head.bias)
     images, network = images.to(device), network.to(device)
     generator, options = torch.Generator(device).manual_seed(seed), (optimizer, lr, weight_decay, PRECISIONS[precision])
-    learner = _Backprop(network, *options) if strategy is None else _Pairwise(network, strategy, objective, generator, *options)
+    learner = _Backprop(network, *options) if strategy is None else _Pairwise(network, strategy, objective, first, generator, *options)
 
     def one_epoch(epoch):
         start, sums, steps = time.perf_counter(), torch.zeros(2, device=device), 0
@@ -817,5 +820,5 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
 
     settings = dict(method="backprop", network=repr(network), data=_identity(images), epochs=epochs, seed=seed, lr=lr, lr_schedule=lr_schedule,
                     weight_decay=weight_decay, optimizer=optimizer, batch_size=batch_size, precision=precision, device=device.type)
-    settings |= {} if strategy is None else dict(method="pairwise", strategy=repr(strategy), objective=repr(objective))
+    settings |= {} if strategy is None else dict(method="pairwise", strategy=repr(strategy), objective=repr(objective)) | ({"first": first} if first > 1 else {})
     return _loop(epochs, one_epoch, learner.tensors(), learner.refresh, generator, settings, checkpoint, progress, _told(after_epoch, network))

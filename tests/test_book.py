@@ -145,7 +145,7 @@ def test_cross_references_lead_somewhere():
 # The package
 
 # Imports run down this list, never up. `results` and `plots` know nothing of networks.
-ORDER = ["cli", "recipes", "speed", "reach", "transfer", "diagnostics", "cka", "entropy", "collaboration", "strategies", "readout", "training", "layers", "goodness", "labels", "data"]
+ORDER = ["cli", "recipes", "speed", "reach", "transfer", "pretext", "diagnostics", "cka", "entropy", "collaboration", "strategies", "readout", "training", "layers", "goodness", "labels", "data"]
 APART = {"results": {"data"}, "plots": {"data", "results"}}
 
 

@@ -314,6 +314,53 @@ def test_centred_images_and_the_first_layer_read_are_settings():
             replace(RIDGE, **wrong)
 
 
+@pytest.mark.parametrize("method", ["ff", "backprop", "random"])
+def test_a_pretext_task_takes_the_place_of_the_labels(method, known, tmp_path, monkeypatch):
+    r = replace(RIDGE, method=method, epochs=int(method != "random"), pretext="rotation", centred=10.0, widths=(60, 60, 60))
+    monkeypatch.setitem(recipes.RECIPES, "ridge", r)
+    row = run_and_keep("ridge", 1, folder=tmp_path, **QUIET)
+    assert row["config"]["pretext"] == "rotation" and row["data"] == dict(name="digits, rotation, centred to 10", train=1137, validation=300, test=360)
+    network, images = recipes.trained(r, tmp_path / "networks" / "ridge-1.safetensors"), recipes.centred(recipes.load("digits"))
+    assert recipes._fingerprint(network) == row["weights"]
+    if method == "backprop":
+        turned = recipes.centred(recipes.pretext(recipes.load("digits"), "rotation"))
+        assert network.head.out_features == 4 and row["errors"]["test"]["head"] == recipes.head_error(network, turned, device="cpu", precision="fp32")
+    found = recipes.measure("transfer", "ridge", 1, folder=tmp_path, device="cpu", precision="fp32")["transfer"]
+    assert list(found) == ["digits, centred to 10"], "the true classes of the same pictures, upright"
+    expected = recipes.transfer_row(network, (1, 8, 8), [images], neutral_label=4 if method == "ff" else False, shots=(1, 10), device="cpu", precision="fp32")
+    assert found == expected
+
+
+def test_recipes_without_a_pretext_task_are_what_they_were():
+    plain = run(RIDGE, 0, **QUIET)
+    assert "pretext" not in plain["config"] and plain["weights"] != run(replace(RIDGE, pretext="flip"), 0, **QUIET)["weights"]
+    for wrong, said in (("rotaton", "did you mean 'rotation'"), ("", "unknown pretext of recipe 'ridge'"), (["flip"], "unknown pretext"), (0, "unknown pretext")):
+        with pytest.raises(ValueError, match=said):
+            replace(RIDGE, pretext=wrong)
+
+
+def test_pretext_recipes_differ_from_their_talking_kin_in_the_task():
+    likes = dict(ff="alone", backprop="backprop", pairwise="pairwise", last="pairwise")
+    assert sum(bool(r.pretext) for r in RECIPES.values()) == 17 and {r.pretext for r in RECIPES.values()} == {None, *recipes.PRETEXTS}
+    for name, r in RECIPES.items():
+        if r.pretext:
+            short, task, what = name.split("-")
+            assert task == r.pretext and (name in recipes.SEARCHES) == (what != "random")
+            if what != "random":
+                kin = RECIPES[f"{short}-talk-{likes[what]}"]
+                searched = dict(lr=kin.lr, options=kin.options, weight_decay=kin.weight_decay, name=kin.name, pretext=None, first=kin.first)
+                assert replace(r, **searched) == kin and r.first == dict(ff=2, last=3).get(what, 1)
+                assert sum(len(list(recipes.itertools.product(*stage.values()))) for stage in recipes.stages(name)) == 8
+
+
+def test_pairwise_is_trained_on_the_layers_that_are_read(monkeypatch):
+    seen = []
+    monkeypatch.setattr(recipes, "train_backprop", lambda *a, train=recipes.train_backprop, **k: seen.append(k.get("first")) or train(*a, **k))
+    r = replace(RIDGE, method="pairwise", widths=(60, 60, 60))
+    weights = {first: run(replace(r, first=first), 0, **QUIET)["weights"] for first in (1, 3, 9)}
+    assert seen == [1, 3, 3] and weights[1] != weights[3] == weights[9]
+
+
 def test_an_objective_without_scale_is_read_by_the_logarithm(tmp_path):
     r = replace(RIDGE, widths=(60, 60), objective="entropic", lr=0.1, first=1)
     row = run(r, 0, keep=tmp_path / "w", **QUIET)

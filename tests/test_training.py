@@ -279,7 +279,8 @@ def test_backprop_after_forward_forward_with_a_learned_objective(digits):
 
 
 @pytest.mark.parametrize("name, objective", [("label_embedding", hinton(theta=40.0)), ("label_embedding", symba()), ("random_noise", None)])
-def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objective):
+@pytest.mark.parametrize("first", [1, 2])
+def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objective, first):
     class Remembering(STRATEGIES[name]):
         def streams(self, *arguments):
             self.given = super().streams(*arguments)
@@ -287,11 +288,11 @@ def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objec
 
     network, strategy = small(), Remembering(10)
     start = copy.deepcopy(network)
-    history = train_backprop(network, digits, 1, strategy=strategy, objective=objective, lr=0.5, weight_decay=0.0, batch_size=len(digits.y_train), **QUIET)
+    history = train_backprop(network, digits, 1, strategy=strategy, objective=objective, lr=0.5, weight_decay=0.0, batch_size=len(digits.y_train), first=first, **QUIET)
     h, total = start.prepare(strategy.given), 0.0
-    for layer in start.layers:
+    for depth, layer in enumerate(start.layers, start=1):
         activity = layer(h)
-        h, total = normalise(activity), total + activity.square().sum(1)
+        h, total = normalise(activity), total + (activity.square().sum(1) if depth >= first else 0.0)
     g_pos, g_neg = total.chunk(2)
     units = activity.shape[1]
     loss = {"symba_loss": lambda: nn.functional.softplus(4 * (g_neg - g_pos) / units).mean()}.get(
@@ -318,8 +319,18 @@ def test_pairwise_backprop_learns_and_resumes(digits, tmp_path):
         train_backprop(networks[1], digits, 6, checkpoint=tmp_path / "c", after_epoch=stop, **options)
     train_backprop(networks[1], digits, 6, checkpoint=tmp_path / "c", **options)
     assert torch.equal(weights(networks[0]), weights(networks[1]))
-    with pytest.raises(ValueError):  # a checkpoint of the pairwise run is not one of the other
-        train_backprop(networks[2], digits, 6, checkpoint=tmp_path / "c", lr=0.01, **QUIET)
+    for other in (dict(lr=0.01, **QUIET), options | dict(first=2)):  # a checkpoint of the pairwise run is not one of the others
+        with pytest.raises(ValueError, match="another run"):
+            train_backprop(networks[2], digits, 6, checkpoint=tmp_path / "c", **other)
+
+
+@pytest.mark.parametrize("first, strategy", [(0, LABELS(10)), (3, LABELS(10)), (2, None)])
+def test_goodness_from_no_layer(digits, first, strategy):
+    network = small()
+    before = weights(network)
+    with pytest.raises(ValueError, match=f"first={first}: expected the number of a layer, 1…2"):
+        train_backprop(network, digits, 1, strategy=strategy, first=first, **QUIET)
+    assert torch.equal(before, weights(network)) and not hasattr(network, "head")
 
 
 @pytest.mark.parametrize("strategy, objective, message", [
