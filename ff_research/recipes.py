@@ -257,6 +257,8 @@ gentle = RECIPES["cifar10-talk-layer-wise"]  # what photographs asked for, on se
 for short in ("mnist", "fashion"):
     known = RECIPES[f"{short}-talk-layer-wise"]
     RECIPES[f"{known.name}-gentle"] = replace(known, name=f"{known.name}-gentle", lr=gentle.lr, options=gentle.options)
+    rival = RECIPES[f"{short}-talk-backprop"]  # a third of its rate, to see whether that is what features need
+    RECIPES[f"{rival.name}-gentle"] = replace(rival, name=f"{rival.name}-gentle", lr=0.01)
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
