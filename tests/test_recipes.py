@@ -326,8 +326,8 @@ def test_a_pretext_task_takes_the_place_of_the_labels(method, known, tmp_path, m
         turned = recipes.centred(recipes.pretext(recipes.load("digits"), "rotation"))
         assert network.head.out_features == 4 and row["errors"]["test"]["head"] == recipes.head_error(network, turned, device="cpu", precision="fp32")
     found = recipes.measure("transfer", "ridge", 1, folder=tmp_path, device="cpu", precision="fp32")["transfer"]
-    assert list(found) == ["digits, centred to 10"], "the true classes of the same pictures, upright"
-    expected = recipes.transfer_row(network, (1, 8, 8), [images], neutral_label=4 if method == "ff" else False, shots=(1, 10), device="cpu", precision="fp32")
+    assert list(found) == ["digits"], "the true classes of the same pictures, upright"
+    expected = recipes.transfer_row(network, (1, 8, 8), {"digits": images}, neutral_label=4 if method == "ff" else False, shots=(1, 10), device="cpu", precision="fp32")
     assert found == expected
 
 
