@@ -165,6 +165,11 @@ def dead_units(h):
     """
     return (_samples(h, "h") <= 0).all(0).double().mean().item()
 
+def _counted(layers):
+    "Directions and dead units of each layer, from a list of activities `[samples, units]`; lists by name."
+    spectra = [_spectrum(h, f"the activity of layer {i}") for i, h in enumerate(layers, start=1)]
+    return {"effective_rank": [_rank(s) for s in spectra], "participation_ratio": [_participation(s) for s in spectra], "dead_units": [dead_units(h) for h in layers]}
+
 # %% ../nbs/10_why.ipynb #d3ac535f
 @torch.no_grad()
 def _hardness(network, strategy, x, y, generator):
@@ -229,8 +234,7 @@ def diagnose(network, images, strategy, *, seed=0, samples=2000, precision="auto
     x, y = (t.to(next(twin.parameters()).device) for t in (x, y))
     classes = strategy.num_classes if getattr(strategy, "contrasts_labels", False) else None
     seen = features(twin, x, classes, precision=precision, device=device)
-    spectra = [_spectrum(h, f"the activity of layer {i}") for i, h in enumerate(seen, start=1)]
-    layers = {"effective_rank": [_rank(s) for s in spectra], "participation_ratio": [_participation(s) for s in spectra], "dead_units": [dead_units(h) for h in seen]}
+    layers = _counted(seen)
     if not getattr(strategy, "has_negatives", False):
         return {"negatives": None, "layers": {"overlap": None} | layers}
     negatives = _negatives(twin, strategy, x, y, seed)

@@ -6,29 +6,17 @@
 __all__ = ['CHANGES', 'readings', 'sensitivity', 'reach_row']
 
 # %% ../nbs/15_reach.ipynb #bc69f265
-from collections.abc import Mapping
-
 import torch
 
 from .data import as_float
-from .diagnostics import _participation, _rank, _spectrum, dead_units
-from .labels import neutral
-from .layers import activities, normalise
-from .readout import _twin, fit_ridge, probe_errors
+from .diagnostics import _counted
+from .layers import normalise
+from .readout import features, fit_ridge, probe_errors
 from .strategies import blur_matrix
 from .training import _one_of
-from .transfer import _is_constant, _label_pixels, _seen
+from .transfer import _is_constant, _label_pixels, _named, _seen
 
 # %% ../nbs/15_reach.ipynb #fc80be13
-def _raw(network, x, classes, precision, device, batch_size=2000):
-    "Activity of every layer before the normalisation, a list of float32 `[images, units]`."
-    twin, parts = _twin(network, precision, device), []
-    where = next(twin.parameters()).device
-    for part in x.split(batch_size):
-        part = part.to(where)
-        parts.append([h.flatten(1).float() for h in activities(twin, part if classes is None else neutral(part, classes), normalised=False)])
-    return [torch.cat(layer) for layer in zip(*parts)]
-
 def _joined(raw):
     "Feature matrices by name: each layer's, and all of them side by side where there are several."
     named = {f"layer_{i}": f for i, f in enumerate(raw, start=1)}
@@ -55,13 +43,15 @@ def readings(network, target, *, neutral_label, layers=None, shape=None, precisi
     """
     target = _seen(network, target, shape)
     classes, out = _label_pixels(neutral_label, target), {}
-    sets = (target.x_train, target.x_test)
-    raw = [_raw(network, x, classes, precision, device) for x in sets]
-    out["usual"] = _errors(*(_joined([normalise(h) for h in part]) for part in raw), target, layers)
-    out["length"] = _errors(*map(_joined, raw), target, layers)
+    def raw(classes):
+        return [features(network, x, classes, normalised=False, precision=precision, device=device) for x in (target.x_train, target.x_test)]
+    def normal(parts):
+        return [_joined([normalise(h) for h in part]) for part in parts]
+    activity = raw(classes)
+    out["usual"] = _errors(*normal(activity), target, layers)
+    out["length"] = _errors(*map(_joined, activity), target, layers)
     if classes is not None:
-        raw = [_raw(network, x, None, precision, device) for x in sets]
-        out["plain"] = _errors(*(_joined([normalise(h) for h in part]) for part in raw), target, layers)
+        out["plain"] = _errors(*normal(raw(None)), target, layers)
     return out
 
 # %% ../nbs/15_reach.ipynb #25b2116a
@@ -99,7 +89,7 @@ def sensitivity(network, x, change, num_classes=None, *, seed=0, precision="auto
         change = CHANGES[change]
     x = as_float(x)
     moved = change(x, torch.Generator(x.device).manual_seed(seed))
-    a, b = ([normalise(h) for h in _raw(network, z, num_classes, precision, device)] for z in (x, moved))
+    a, b = (features(network, z, num_classes, precision=precision, device=device) for z in (x, moved))
     return [(before - after).square().sum(1).mean().item() / (2 * before.var(0).sum().item() or float("nan")) for before, after in zip(a, b)]
 
 # %% ../nbs/15_reach.ipynb #1dfc388c
@@ -108,15 +98,13 @@ def reach_row(network, source_shape, targets, *, neutral_label, layers=None, see
 
     source_shape: (channels, height, width) of the images that the network learned from; targets: a list of `Images`, or a dictionary by name.
     layers: those to read, as in `readings`; "layers" has lists of "effective_rank", "participation_ratio" and "dead_units" over the layers, as those and the sensitivities on the target's first `samples` test images.
-    Raises ValueError as `readings` does.
+    Raises ValueError as `readings` does, and for two targets of one name.
     """
-    named, out = list(targets.items() if isinstance(targets, Mapping) else ((target.name, target) for target in targets)), {}
-    for name, target in named:
+    out = {}
+    for name, target in _named(targets).items():
         target = _seen(network, target, source_shape)
         x, classes, where = target.x_test[:samples], _label_pixels(neutral_label, target), dict(precision=precision, device=device)
-        seen = [normalise(h) for h in _raw(network, x, classes, **where)]
-        spectra = [_spectrum(h) for h in seen]
-        inside = {"effective_rank": [_rank(s) for s in spectra], "participation_ratio": [_participation(s) for s in spectra], "dead_units": [dead_units(h) for h in seen]}
+        inside = _counted(features(network, x, classes, **where))
         moved = {change: sensitivity(network, x, change, classes, seed=seed, **where) for change in CHANGES}
         out[name] = {"errors": readings(network, target, neutral_label=neutral_label, layers=layers, **where), "layers": inside, "sensitivity": moved}
     return out

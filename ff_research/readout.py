@@ -90,16 +90,16 @@ def per_label_goodness(network, images, *, split="test", **options):
 
 # %% ../nbs/06_readout.ipynb #2c737f57
 @torch.no_grad()
-def features(network, x, num_classes=None, *, precision="auto", device="auto", batch_size=2000):
-    """Normalised activity of every layer for images, a list of float32 `[images, units]`.
+def features(network, x, num_classes=None, *, normalised=True, precision="auto", device="auto", batch_size=2000):
+    """Activity of every layer for images, a list of float32 `[images, units]`.
 
-    num_classes: put the neutral label over the first so many pixels; None reads the plain images.
+    num_classes: put the neutral label over the first so many pixels; None reads the plain images. normalised: False gives the activity before its normalisation.
     """
     twin, parts = _twin(network, precision, device), []
     where = next(twin.parameters()).device
     for part in x.split(batch_size):
         part = part.to(where)
-        h = activities(twin, part if num_classes is None else neutral(part, num_classes))
+        h = activities(twin, part if num_classes is None else neutral(part, num_classes), normalised)
         parts.append([a.flatten(1).float() for a in h])
     return [torch.cat(layer) for layer in zip(*parts)]
 

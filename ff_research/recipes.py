@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'BACKPROP', 'RANDOM', 'RECIPES', 'DIGITS',
-           'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'gentle', 'LR_SMALL', 'LR_LARGE',
-           'LR_DIGITS', 'SEARCHES', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin',
-           'trained', 'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep',
-           'measure', 'measured', 'publish_measures', 'run_many']
+           'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'LR_SMALL', 'LR_LARGE', 'LR_DIGITS',
+           'SEARCHES', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin', 'trained',
+           'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep', 'measure',
+           'measured', 'publish_measures', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -253,10 +253,10 @@ for mode in ("alone", "previous", "all"):  # with the settings of three layers a
     for name, change in (("2layers", dict(widths=(500,) * 2)), ("8layers", dict(widths=(500,) * 8)), ("long", dict(epochs=30))):
         RECIPES[f"{three.name}-{name}"] = replace(three, name=f"{three.name}-{name}", **change)
 
-gentle = RECIPES["cifar10-talk-layer-wise"]  # what photographs asked for, on sets whose own searches end at the highest theta
 for short in ("mnist", "fashion"):
     known = RECIPES[f"{short}-talk-layer-wise"]
-    RECIPES[f"{known.name}-gentle"] = replace(known, name=f"{known.name}-gentle", lr=gentle.lr, options=gentle.options)
+    photographs = RECIPES["cifar10-talk-layer-wise"]  # whose search asked for less than those of digits and clothes
+    RECIPES[f"{known.name}-gentle"] = replace(known, name=f"{known.name}-gentle", lr=photographs.lr, options=photographs.options)
     rival = RECIPES[f"{short}-talk-backprop"]  # a third of its rate, to see whether that is what features need
     RECIPES[f"{rival.name}-gentle"] = replace(rival, name=f"{rival.name}-gentle", lr=0.01)
 

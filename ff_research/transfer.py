@@ -240,6 +240,13 @@ def _target_row(matrices, target, shots, draws, seed):
     return row | {"low_shot": {str(k): None if error is None else round(error, 4) for k, error in low.items()}}
 
 # %% ../nbs/14_transfer.ipynb #0f2de788
+def _named(targets):
+    "Targets by name. Raises ValueError for two of one name."
+    named = list(targets.items() if isinstance(targets, Mapping) else ((target.name, target) for target in targets))
+    if len(dict(named)) < len(named):
+        raise ValueError(f"two targets of one name among {', '.join(name for name, _ in named)}; give a dictionary, or names to `refit`")
+    return dict(named)
+
 def transfer_row(network, source_shape, targets, *, neutral_label, shots=(1, 5, 10, 100), draws=5, seed=0, precision="auto", device="auto"):
     """What a row of results keeps of a network's transfer: {target: {"test": {layer: error}, "validation": {…}, "low_shot": {shots: error}}}, ready for JSON.
 
@@ -248,11 +255,8 @@ def transfer_row(network, source_shape, targets, *, neutral_label, shots=(1, 5, 
     A layer that is constant on a target has the error None, and shots that a target's rarest class cannot supply are left out.
     Raises ValueError as these do for images that do not fit and for NaN, and for two targets of one name.
     """
-    named = list(targets.items() if isinstance(targets, Mapping) else ((target.name, target) for target in targets))
     _check_shots(shots or (1,), draws, L2)
-    if len(dict(named)) < len(named):
-        raise ValueError(f"two targets of one name among {', '.join(name for name, _ in named)}; give a dictionary, or names to `refit`")
     out = {}
-    for name, target in named:
+    for name, target in _named(targets).items():
         out[name] = _target_row(*_matrices(network, target, source_shape, neutral_label, precision, device), shots, draws, seed)
     return out

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ff_research.data import load
-from ff_research.labels import neutral
 from ff_research.layers import Network
 from ff_research.reach import CHANGES, reach_row, readings, sensitivity
 from ff_research.readout import features
@@ -98,13 +97,6 @@ def test_sensitivity_does_not_touch_the_images_and_knows_its_limits(digits, netw
         sensitivity(network, x, "shft", **CPU)
 
 
-def test_the_label_is_put_on_after_the_change(digits, network):
-    "A shift of the picture must not shift its label."
-    x = digits.x_test[:30].float() / 16
-    a, b = features(network, neutral(CHANGES["shift"](x, None), 10), **CPU)[0], features(network, CHANGES["shift"](x, None), 10, **CPU)[0]
-    assert torch.equal(a, b)
-
-
 def test_a_row_is_ready_for_json_and_refits_the_target(digits, network):
     colour = refit(digits, (3, 9, 9), name="other")
     row = reach_row(network, digits.shape, {"other": colour}, neutral_label=10, samples=100, **CPU)
@@ -112,6 +104,8 @@ def test_a_row_is_ready_for_json_and_refits_the_target(digits, network):
     assert all(len(values) == 3 for part in ("layers", "sensitivity") for values in row["other"][part].values())
     with pytest.raises(ValueError, match="pixels"):
         reach_row(network, None, [colour], neutral_label=10, **CPU)
+    with pytest.raises(ValueError, match="two targets of one name"):
+        reach_row(network, None, [digits, digits], neutral_label=10, **CPU)
 
 
 def test_nan_is_an_error_and_not_a_row(digits):
