@@ -61,9 +61,9 @@ PROBES = ("softmax", "ridge")
 class Recipe:
     """Everything that a rerun needs. `method` is "ff", "backprop", "pairwise" (backpropagation of FF's own loss), "random" (an untrained network) or "pixels" (no network).
 
-    widths: units of each layer; objective: a name of `OBJECTIVES` and its options, or None for the strategy's own;
+    widths: units of each layer; strategy_options: (name, value) pairs for the strategy; lr: one rate, or one a layer; objective: a name of `OBJECTIVES` and its options, or None for the strategy's own;
     centred: energy of the centred images (`data.centred`), 0 for plain ones; first: the first layer whose goodness the labels are read from, and which is
-    in the loss of "pairwise"; probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker);
+    in the loss of "pairwise"; probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker), of each layer and of layers `joined`, …, L together;
     pretext: a task of `PRETEXTS` whose labels take the place of the data set's own (`pretext`, always drawn with seed 0), None for none;
     target: the published number that the recipe is to reach, with its source. Raises ValueError for a field that no run can use.
     """
@@ -72,10 +72,11 @@ class Recipe:
     method: str = "ff"
     widths: tuple = (1000, 1000, 1000)
     strategy: str = "label_embedding"
+    strategy_options: tuple = ()
     objective: str | None = None
     options: tuple = ()
     epochs: int = 60
-    lr: float = 1e-3
+    lr: float | tuple = 1e-3
     lr_schedule: str = "cool_down"
     weight_decay: float = 3e-4
     optimizer: str = "sgd"
@@ -87,6 +88,7 @@ class Recipe:
     centred: float = 0.0
     first: int = 2
     probes: str = "softmax"
+    joined: int = 2
     pretext: str | None = None
     target: str = ""
 
@@ -99,6 +101,9 @@ def _whole(v, low, high):
 
 def _number_from_0(v):
     return isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e30
+
+def _rates(v):
+    return _number_from_0(v) or isinstance(v, tuple) and 0 < len(v) <= 1000 and all(map(_number_from_0, v))
 
 def _an_option(v):
     return isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) and (v[1] == "units" or _number_from_0(v[1]))
@@ -118,7 +123,10 @@ FIELDS = {  # field: what it may be, and in words
     "options": (lambda v: isinstance(v, tuple) and all(map(_an_option, v)), "a tuple of (name, value) pairs, values finite numbers >= 0 or 'units'"),
     "epochs": (lambda v: _whole(v, 0, 1_000_000), "a whole number from 0 to 1,000,000"),
     "batch_size": (lambda v: _whole(v, 1, 10_000_000), "a whole number from 1 to 10,000,000"),
-    **{key: (_number_from_0, "a number >= 0") for key in ("lr", "weight_decay", "peer", "centred")},
+    **{key: (_number_from_0, "a number >= 0") for key in ("weight_decay", "peer", "centred")},
+    "lr": (_rates, "a number >= 0, or a tuple with one for each layer"),
+    "strategy_options": (lambda v: isinstance(v, tuple) and all(isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str) for o in v), "a tuple of (name, value) pairs"),
+    "joined": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "first": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "full_gradient": (lambda v: isinstance(v, bool), "True or False"),
     "target": (lambda v: isinstance(v, str), "a text")}
@@ -145,19 +153,27 @@ def _check_fields(recipe):
     takes = [key for key in inspect.signature(OBJECTIVES[recipe.objective]).parameters if key != "goodness"] if recipe.objective else []
     if unknown := [key for key, _ in recipe.options if key not in takes]:
         raise ValueError(f"recipe {recipe.name!r}: objective {recipe.objective} has no option {unknown[0][:40]!r}; it has {', '.join(takes) or 'none'}")
+    takes = list(inspect.signature(STRATEGIES[recipe.strategy]).parameters)[1:]
+    if unknown := [key for key, _ in recipe.strategy_options if key not in takes]:
+        raise ValueError(f"recipe {recipe.name!r}: strategy {recipe.strategy} has no option {unknown[0][:40]!r}; it has {', '.join(takes) or 'none'}")
     if not recipe.widths and recipe.method != "pixels":
         raise ValueError(f"recipe {recipe.name!r}: widths=(); method={recipe.method!r} needs a layer")
 
 # %% ../nbs/90_recipes.ipynb #131204dd
 LOEWE = Recipe("loewe", "mnist", epochs=100, peer=0.03, full_gradient=True, target="1.45 % test error (Loewe 2023, README)")
 HINTON = Recipe("hinton-supervised", "mnist", widths=(2000,) * 4, objective="hinton", options=(("scale", 0.05),), epochs=60, lr=0.02, batch_size=250, peer=0.03,
-                full_gradient=True, target="1.36 % test error (Hinton 2022, section 3.3)")
+                full_gradient=True, centred=10.0, target="1.36 % test error (Hinton 2022, section 3.3)")
 SYMBA = Recipe("symba", "mnist", objective="symba", epochs=40, lr=3.0, weight_decay=0.0, batch_size=250, target="1.42 % test error (Lee and Song 2023, as listed by Sun et al. 2025)")
 BACKPROP = Recipe("backprop", "mnist", method="backprop", epochs=20, lr=0.03, target="about 1.4 % test error (Hinton 2022, section 3.1)")
 RANDOM = Recipe("random", "mnist", method="random", epochs=0)
 
 RECIPES = {recipe.name: recipe for recipe in (
     LOEWE, HINTON, SYMBA, BACKPROP, RANDOM,
+    replace(HINTON, name="hinton-supervised-hard", strategy="hard_mining", epochs=20, target="1.36 % test error in a third of the epochs (Hinton 2022, section 3.3)"),
+    Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="hinton", options=(("theta", 1000),), epochs=100, lr=0.001, batch_size=250,
+           peer=0.03, full_gradient=True, centred=10.0, target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
+    Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("standardise", True), ("shift", 2)), epochs=20, lr=(0.003, 0.002),
+           weight_decay=1e-4, optimizer="adamw", joined=1, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     replace(SYMBA, name="swish-symba", objective="swish_symba", target="1.35 % test error of 2 x 2000 units (dah33 2023)"),
     replace(BACKPROP, name="backprop-4x2000", widths=(2000,) * 4),
     replace(RANDOM, name="random-4x2000", widths=(2000,) * 4),
@@ -309,6 +325,10 @@ def _images(recipe, root=None, device="cpu", data=None):
     images = pretext(images, recipe.pretext) if recipe.pretext else images
     return centred(images, recipe.centred) if recipe.centred else images
 
+def _strategy_of(recipe, num_classes):
+    "The strategy that trains a recipe's network; None for other methods."
+    return STRATEGIES[recipe.strategy](num_classes, **dict(recipe.strategy_options)) if recipe.method in ("ff", "pairwise") else None
+
 def _network(recipe, images, seed=0):
     "A recipe's network as it is before training."
     return Network([images.num_pixels, *recipe.widths], seed=seed, peer=recipe.peer, full_gradient=recipe.full_gradient)
@@ -319,7 +339,7 @@ def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_e
                   batch_size=recipe.batch_size, checkpoint=checkpoint, progress=progress, after_epoch=after_epoch, **where)
     if recipe.method == "backprop":
         return train_backprop(network, images, **shared)
-    strategy = STRATEGIES[recipe.strategy](num_classes=images.num_classes)
+    strategy = _strategy_of(recipe, images.num_classes)
     objective = OBJECTIVES[recipe.objective](**dict(recipe.options)) if recipe.objective else None
     if recipe.method == "pairwise":
         return train_backprop(network, images, strategy=strategy, objective=objective, first=min(recipe.first, len(recipe.widths)), **shared)
@@ -333,7 +353,7 @@ def _probed(recipe, network, images, **where):
         found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images, fit)
         return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
     neutral = recipe.method in ("ff", "pairwise", "random") and STRATEGIES[recipe.strategy].contrasts_labels
-    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, **where)}
+    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, joined=recipe.joined, **where)}
 
 # %% ../nbs/90_recipes.ipynb #e8e56e56
 def _read(recipe):
@@ -401,7 +421,7 @@ def trained(recipe, path, root=None):
 # %% ../nbs/90_recipes.ipynb #d179d207
 def _config(recipe):
     "The settings of a recipe as JSON would give them back: without name and target, lists in the place of tuples. Fields that came later than the first rows stand there only where they are used."
-    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None)) if getattr(recipe, key) == plain}
+    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None), ("strategy_options", ()), ("joined", 2)) if getattr(recipe, key) == plain}
     return json.loads(json.dumps({key: v for key, v in asdict(recipe).items() if key not in {"name", "target", *later}}))
 
 # %% ../nbs/90_recipes.ipynb #27007b3d
@@ -436,7 +456,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
 LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
 SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
-            "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.005, 0.01, 0.02, 0.04, 0.08))}
+            "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
@@ -540,10 +560,6 @@ def run_and_keep(name, seed, *, folder=None, progress=True, **options):
 
 # %% ../nbs/90_recipes.ipynb #52f519a4
 TARGETS = ("mnist", "fashion_mnist", "cifar10")  # each of them is read by the networks of the others; other sources are their own target
-
-def _strategy_of(recipe, num_classes):
-    "The strategy that trained a recipe's network; None for other methods."
-    return STRATEGIES[recipe.strategy](num_classes=num_classes) if recipe.method in ("ff", "pairwise") else None
 
 def _neutral(recipe, images):
     "What `neutral_label` is to be for a recipe's network: the number of classes that it knew by labels, or False."

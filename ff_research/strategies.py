@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'Strategy', 'register', 'make_strategy', 'LabelEmbeddingStrategy', 'other_class', 'unlike', 'check_two',
            'ClassConfusionStrategy', 'HardMiningStrategy', 'PlainPositives', 'partners', 'blur_matrix', 'blurred_masks',
            'ImageMixingStrategy', 'MaskingStrategy', 'RandomNoiseStrategy', 'LayerWiseStrategy', 'AdversarialStrategy',
-           'Paired', 'scff_loss', 'SelfContrastiveStrategy', 'ProjectionObjective', 'MonoForwardStrategy']
+           'Paired', 'scff_loss', 'shifted', 'SelfContrastiveStrategy', 'ProjectionObjective', 'MonoForwardStrategy']
 
 # %% ../nbs/08_strategies.ipynb #ef114e44
 import functools
@@ -361,11 +361,13 @@ class Paired:
 
     A unit that reads two images with the same weights sees their sum; here it is their mean. The product is linear, so one
     product of the weights with the batch serves both streams. images: `[batch, …]`; partner: `[batch]`, a permutation;
-    centred: whether each image's mean is taken off before the first layer reads it.
+    centred: whether each image's mean is taken off before the first layer reads it; others: `[batch, …]`, what stands
+    beside in the place of the images themselves, other views of them say, which costs a second product.
     """
     images: torch.Tensor
     partner: torch.Tensor
     centred: bool = False
+    others: torch.Tensor | None = None
 
     @property
     def rows(self):
@@ -374,27 +376,35 @@ class Paired:
 
     def prepare(self, inputs, dtype):
         "The same with images of root mean square 1 each; flat, if `inputs` gives the number of pixels to expect."
-        x = as_float(self.images).flatten(1)
-        if inputs is not None and x.shape[1] != inputs:
-            raise ValueError(f"images {list(self.images.shape[1:])} have {x.shape[1]} pixels, but the network's first layer takes {inputs}")
-        x = normalise(x - x.mean(1, keepdim=True) if self.centred else x).to(dtype)
-        return Paired(x if inputs is not None else x.view(self.images.shape), self.partner, self.centred)
+        def ready(images):
+            x = as_float(images).flatten(1)
+            if inputs is not None and x.shape[1] != inputs:
+                raise ValueError(f"images {list(images.shape[1:])} have {x.shape[1]} pixels, but the network's first layer takes {inputs}")
+            x = normalise(x - x.mean(1, keepdim=True) if self.centred else x).to(dtype)
+            return x if inputs is not None else x.view(images.shape)
+        return Paired(ready(self.images), self.partner, self.centred, None if self.others is None else ready(self.others))
 
     def dense(self):
         "The means written out, `[2 x batch, …]`."
-        return torch.cat([self.images, (self.images + self.images[self.partner]) / 2])
+        beside = self.images if self.others is None else self.others
+        return torch.cat([self.images + beside, self.images + beside[self.partner]]) / 2
 
     def product(self, weight, bias, out=None):
-        "`dense() @ weight.T + bias`, from one product of the batch."
-        z = torch.addmm(bias, self.images, weight.t())
-        return torch.cat([z, torch.lerp(z, z[self.partner], 0.5)], out=out)
+        "`dense() @ weight.T + bias`, from one product of the batch, or two with `others`."
+        z = beside = torch.addmm(bias, self.images, weight.t())
+        if self.others is not None:
+            beside = torch.addmm(bias, self.others, weight.t())
+        return torch.cat([z if beside is z else torch.lerp(z, beside, 0.5), torch.lerp(z, beside[self.partner], 0.5)], out=out)
 
     def add_product_gradient(self, dz, total, keep=0.0):
-        "Replace `total` by `keep * total + dz.T @ dense()`, in place, from one product of the batch."
-        positive, negative = dz.chunk(2)
-        d = torch.add(positive, negative, alpha=0.5)
-        d[self.partner] += negative / 2
-        return torch.addmm(total, d.t(), self.images, beta=keep, out=total)
+        "Replace `total` by `keep * total + dz.T @ dense()`, in place, from one product of the batch, or two."
+        positive, negative = (part / 2 for part in dz.chunk(2))
+        d, beside = positive + negative, positive  # what reaches the images, and what stands beside them
+        beside[self.partner] += negative
+        if self.others is None:
+            return torch.addmm(total, d.add_(beside).t(), self.images, beta=keep, out=total)
+        torch.addmm(total, d.t(), self.images, beta=keep, out=total)
+        return total.addmm_(beside.t(), self.others)
 
 # %% ../nbs/08_strategies.ipynb #ba77f61b
 def scff_loss(g_pos, g_neg, theta_pos, theta_neg, penalty=0.0, scale=1.0):
@@ -406,6 +416,19 @@ def scff_loss(g_pos, g_neg, theta_pos, theta_neg, penalty=0.0, scale=1.0):
     g_pos, g_neg = scale * g_pos, scale * g_neg
     return F.softplus(theta_pos - g_pos).mean() + F.softplus(g_neg - theta_neg).mean() + penalty * g_pos.abs().mean()
 
+# %% ../nbs/08_strategies.ipynb #d8fe95ad
+def shifted(x, most, generator=None):
+    """Each image `[batch, channels, height, width]` moved by up to `most` pixels up or down and left or right, drawn for each alone; what comes in is 0.
+
+    Raises ValueError for `most` that is no whole number from 0 to less than the image's smaller side.
+    """
+    if not (isinstance(most, int) and 0 <= most < min(x.shape[2:])):
+        raise ValueError(f"shift={most!r}: expected a whole number of pixels from 0 to less than {min(x.shape[2:])}, the image's smaller side")
+    padded = F.pad(x, [most] * 4)
+    down, right = torch.randint(0, 2 * most + 1, (2, len(x), 1), device=x.device, generator=generator)
+    rows, columns = (start + torch.arange(n, device=x.device) for start, n in zip((down, right), x.shape[2:]))
+    return padded[torch.arange(len(x), device=x.device)[:, None, None, None], torch.arange(x.shape[1], device=x.device)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
 # %% ../nbs/08_strategies.ipynb #45cc90be
 @register
 class SelfContrastiveStrategy(PlainPositives):
@@ -413,25 +436,27 @@ class SelfContrastiveStrategy(PlainPositives):
 
     thetas: (theta_pos, theta_neg) of each layer, the last pair again for deeper ones; penalties likewise. repair: whether the
     positives of a layer are paired anew for the next one (True) or both streams go on (False). standardise: take each image's
-    mean off in training, as the paper does; the read-outs of this package do not.
+    mean off in training, as the paper does; the read-outs of this package do not. shift: the two images of a pair are moved by up to
+    so many pixels, each by itself (the paper's on MNIST: 2), so that a positive is two views of one image.
     """
     name = "self_contrastive"
     redraws_between = True
 
-    def __init__(self, num_classes, thetas=((4.0, 6.0), (1.0, 1.0)), penalties=(1e-4, 0.0), repair=False, standardise=False):
+    def __init__(self, num_classes, thetas=((4.0, 6.0), (1.0, 1.0)), penalties=(1e-4, 0.0), repair=False, standardise=False, shift=0):
         super().__init__(num_classes)
-        self.thetas, self.penalties, self.repair, self.standardise = thetas, penalties, repair, standardise
+        self.thetas, self.penalties, self.repair, self.standardise, self.shift = thetas, penalties, repair, standardise, shift
 
     def generate(self, x, y, network=None, generator=None):
         one = as_float(x)
         return unlike(one, lambda: (one + one[partners(len(x), x.device, generator)]) / 2)
 
     def streams(self, x, y, network=None, generator=None):
-        return Paired(x, partners(len(x), x.device, generator), self.standardise)
+        one, other = (shifted(x, self.shift, generator) for _ in range(2)) if self.shift else (x, None)
+        return Paired(one, partners(len(x), x.device, generator), self.standardise, other)
 
     def between(self, h, y, layer, generator=None):
         if not self.repair:
-            return h
+            return normalise(h - h.mean(1, keepdim=True)) if self.standardise else h
         return Paired(h[:len(y)], partners(len(y), h.device, generator), self.standardise).prepare(None, h.dtype)
 
     def objective(self, units, layer=1):

@@ -456,3 +456,19 @@ def test_a_network_of_other_settings_is_not_measured(known, tmp_path, monkeypatc
     monkeypatch.setitem(recipes.RECIPES, "ridge", replace(RIDGE, lr=2 * RIDGE.lr))
     row = recipes.run_and_keep("ridge", 0, folder=tmp_path / "fresh", **QUIET)
     assert recipes.measure("diagnostics", "ridge", 0, folder=tmp_path, device="cpu", precision="fp32")["weights"] == row["weights"]
+
+
+def test_options_of_the_strategy_a_rate_for_each_layer_and_joined_layers():
+    own = Recipe("own", "digits", widths=(20, 20), strategy="self_contrastive", strategy_options=(("shift", 1),), epochs=1, lr=(0.003, 0.0), optimizer="adamw", probes="ridge", joined=1)
+    row = run(own, 0, progress=False)
+    assert list(row["errors"]["test"]["ridge"]) == ["layer_1", "layer_2", "layers_1_to_2"]
+    assert row["config"]["strategy_options"] == [["shift", 1]] and row["config"]["lr"] == [0.003, 0.0] and row["config"]["joined"] == 1
+    plain = run(replace(own, strategy_options=(), lr=(0.003, 0.0)), 0, progress=False)
+    assert row["weights"] != plain["weights"] and "strategy_options" not in plain["config"]
+
+
+@pytest.mark.parametrize("change, words", [(dict(strategy_options=(("shfit", 2),)), "has no option 'shfit'; it has thetas"), (dict(strategy_options=("shift",)), "pairs"),
+                                           (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(joined=0), "joined=0")])
+def test_bad_options_of_a_recipe(change, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Recipe("own", "digits", strategy="self_contrastive", **change)

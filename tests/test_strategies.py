@@ -8,7 +8,7 @@ from ff_research.data import Images, load
 from ff_research.labels import overlay
 from ff_research.layers import Network, add_product_gradient, normalise, product
 from ff_research.strategies import (STRATEGIES, LabelEmbeddingStrategy, MaskingStrategy, Paired, PlainPositives, Strategy, blur_matrix, blurred_masks,
-                                    make_strategy, other_class, partners, register, unlike)
+                                    make_strategy, other_class, partners, register, shifted, unlike)
 from ff_research.training import train
 
 TEN = ["label_embedding", "class_confusion", "hard_mining", "image_mixing", "masking", "random_noise", "layer_wise", "adversarial", "self_contrastive", "mono_forward"]
@@ -409,3 +409,47 @@ def test_positives_of_label_strategies_are_overlays(digits):
     x, y = digits.x_train[:20], digits.y_train[:20]
     for name in TEN[:3]:
         assert torch.equal(make_strategy(name, 10).create_positive(x, y), overlay(x, y, 10))
+
+
+# SCFF on two views of an image
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_shifted_images_are_their_own_pixels_moved_with_zeros_behind(dtype):
+    x = (torch.randint(1, 256, (400, 2, 5, 7), generator=seeded(2), dtype=torch.uint8)).to(dtype)
+    moved, seen = shifted(x, 2, seeded(3)), set()
+    for one, image in zip(moved, x):
+        fits = []
+        for down in range(-2, 3):
+            for right in range(-2, 3):
+                expected = torch.zeros_like(image)
+                rows, columns = (slice(max(0, d), n + min(0, d)) for d, n in ((down, 5), (right, 7)))
+                from_rows, from_columns = (slice(max(0, -d), n + min(0, -d)) for d, n in ((down, 5), (right, 7)))
+                expected[:, rows, columns] = image[:, from_rows, from_columns]
+                if torch.equal(one, expected):
+                    fits.append((down, right))
+        assert len(fits) == 1
+        seen.update(fits)
+    assert len(seen) == 25
+    assert moved.dtype == dtype and torch.equal(shifted(x, 0, seeded()), x)
+    assert torch.equal(moved, shifted(x, 2, seeded(3))) and not torch.equal(moved, shifted(x, 2, seeded(4)))
+
+
+@pytest.mark.parametrize("most", [-1, 5, 1.5])
+def test_a_shift_stays_within_the_image(most):
+    with pytest.raises(ValueError, match="shift="):
+        shifted(torch.zeros(3, 1, 5, 7), most)
+
+
+def test_scff_with_views_pairs_two_views_of_one_image_and_learns(digits):
+    scff = make_strategy("self_contrastive", 10, shift=1, standardise=True)
+    x, y = digits.x_train[:50], digits.y_train[:50]
+    pair = scff.streams(x, y, generator=seeded())
+    assert not torch.equal(pair.images, x) and not torch.equal(pair.images, pair.others)
+    ready = pair.prepare(64, torch.float64)
+    assert torch.allclose(ready.images.mean(1), torch.zeros(50, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(ready.dense(), torch.cat([(ready.images + ready.others) / 2, (ready.images + ready.others[ready.partner]) / 2]))
+    network = Network([64, 40, 40], seed=0)
+    history = train(network, digits, scff, epochs=3, **QUIET)
+    assert history.epochs[-1]["loss"][0] < history.epochs[0]["loss"][0]
+    with pytest.raises(ValueError, match="shift=8"):
+        train(network, digits, make_strategy("self_contrastive", 10, shift=8), epochs=1, **QUIET)
