@@ -48,7 +48,7 @@ from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_g
 from .reach import reach_row
 from .results import append_row, latest, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
-from .transfer import refit, transfer_row
+from .transfer import fine_tune, refit, transfer_row
 from .training import COLLABORATIONS, LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, _one_of, best_device, best_precision, train, train_backprop
 
 # %% ../nbs/90_recipes.ipynb #81522fb9
@@ -583,6 +583,16 @@ def _reached(recipe, network, images, seed, root, where, get):
     layers = ["layer_1", f"layers_2_to_{last}"] if last > 2 else None
     return _rounded(reach_row(network, images.shape, {name: target}, neutral_label=_neutral(recipe, images), layers=layers, **where))
 
+# %% ../nbs/90_recipes.ipynb #38e01969
+def _tuned(recipe, network, images, seed, root, where, get):
+    "The network as a start: fine-tuned on the first other set, on its first 1,000 images and on all, in some 400 and 800 steps at two rates."
+    name, target = next(iter(_abroad(recipe, root).items()))
+    held = validation_size(target)
+    few = {part: torch.cat([getattr(target, part)[:min(1000, len(target.y_train) - held)], getattr(target, part)[-held:]]) for part in ("x_train", "y_train")}
+    budgets = {"few": (replace(target, **few), dict(epochs=20, batch_size=50)), "all": (target, dict(epochs=4, batch_size=250))}
+    shared = dict(lr=(0.01, 0.03), neutral_label=_neutral(recipe, images), shape=images.shape, **where)
+    return {name: {part: _rounded(fine_tune(network, some, seed=seed, **budget, **shared)[1]) for part, (some, budget) in budgets.items()}}
+
 # %% ../nbs/90_recipes.ipynb #3eacab8d
 def _rounded(found):
     "A dictionary of numbers, lists and tensors with four digits after the point."
@@ -643,7 +653,7 @@ def _compared(recipe, network, images, seed, root, where, get):
     except ValueError as error:  # a layer that tells no images apart
         return dict(impossible=str(error))
 
-MEASURES = {"diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed, "cka": _compared, "reach": _reached, "travel": _travelled}
+MEASURES = {"tuned": _tuned, "diagnostics": _diagnosed, "transfer": _transferred, "parts": _parted, "course": _followed, "cka": _compared, "reach": _reached, "travel": _travelled}
 
 # %% ../nbs/90_recipes.ipynb #7955b107
 def measure(kind, name, seed=0, *, folder=None, root=None, device="auto", precision="auto"):

@@ -380,6 +380,8 @@ def test_parts_of_a_network_add_up_to_its_row(known, tmp_path, monkeypatch):
     assert len(course) == 4 and course[-1]["error"] < course[0]["error"] and all(len(course[0][key]) == 3 for key in ("g_pos", "g_neg", "entropy_pos", "entropy_neg"))
     travel = recipes.measure("travel", "ridge", 0, **where)["travel"]
     assert len(travel) == 4 and travel[-1]["home"] != travel[0]["home"] and set(travel[0]["away"]) == {"layer_1", "layer_2", "layer_3", "layers_2_to_3"}
+    tuned = recipes.measure("tuned", "ridge", 0, **where)["tuned"]["digits"]
+    assert set(tuned) == {"few", "all"} and all(found["test"] < 30 and found["lr"] in (0.01, 0.03) for found in tuned.values())
     read, moved = (recipes.measure(kind, "ridge", 0, **where)[kind]["digits"] for kind in ("reach", "transfer"))
     assert read["errors"]["usual"]["test"] == {name: moved["test"][name] for name in ("layer_1", "layers_2_to_3")}
     monkeypatch.setitem(recipes.RECIPES, "ridge", replace(RIDGE, method="random", epochs=0))
