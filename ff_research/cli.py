@@ -113,7 +113,7 @@ def tune(names: Annotated[list[str], typer.Argument(help="recipes that have a se
 
 # %% ../nbs/93_cli.ipynb #f21c96f6
 @app.command(epilog="Example: ff-research measure transfer mnist-image-mixing mnist-random --seeds 5")
-def measure(kind: Annotated[str, typer.Argument(help="diagnostics or transfer")],
+def measure(kind: Annotated[str, typer.Argument(help=", ".join(recipes.MEASURES))],
             names: Annotated[list[str], typer.Argument(help="recipes")],
             seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … SEEDS-1")] = 5,
             results_folder: Annotated[Optional[Path], typer.Option("--results", help="folder of the rows")] = None):
