@@ -217,6 +217,9 @@ def fine_tune(network, target, epochs=10, seed=0, *, lr=0.03, neutral_label=Fals
         tuned = copy.deepcopy(network)
         if hasattr(tuned, "head"):
             del tuned.head
+        for layer in tuned.layers:  # "full" is for objectives of one layer; backpropagation needs the gradient that there is
+            if getattr(layer, "full_gradient", False):
+                layer.full_gradient = False
         try:
             history = train_backprop(tuned, part, epochs, seed, lr=rate, **{"progress": False} | where | options)
             tried.append((head_error(tuned, part, **where), rate, tuned, history))

@@ -306,3 +306,10 @@ def test_row_of_pixels_and_of_silent_layers(target):
     assert row["test"]["layer_1"] < 60 and row["test"]["layer_2"] is row["validation"]["layer_2"] is row["low_shot"]["2"] is None
     with pytest.raises(ValueError, match="two targets of one name"):
         transfer_row(silent, None, [target, target], neutral_label=False, **CPU)
+
+
+def test_fine_tuning_has_the_true_gradient_whatever_the_layers_had_before(digits):
+    plain, full = Network([64, 30, 20], seed=4), Network([64, 30, 20], seed=4, full_gradient=True)
+    tuned = [fine_tune(one, digits, 1, batch_size=100, **CPU)[0] for one in (plain, full)]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(tuned[0].layers, tuned[1].layers))
+    assert full.layers[0].full_gradient, "the original is left as it is"
