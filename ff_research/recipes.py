@@ -156,6 +156,8 @@ def _check_fields(recipe):
     takes = list(inspect.signature(STRATEGIES[recipe.strategy]).parameters)[1:]
     if unknown := [key for key, _ in recipe.strategy_options if key not in takes]:
         raise ValueError(f"recipe {recipe.name!r}: strategy {recipe.strategy} has no option {unknown[0][:40]!r}; it has {', '.join(takes) or 'none'}")
+    if isinstance(recipe.lr, tuple) and (recipe.method != "ff" or len(recipe.lr) != len(recipe.widths)):
+        raise ValueError(f"recipe {recipe.name!r}: lr={recipe.lr}; a rate for each layer needs method='ff' and {len(recipe.widths)} of them")
     if not recipe.widths and recipe.method != "pixels":
         raise ValueError(f"recipe {recipe.name!r}: widths=(); method={recipe.method!r} needs a layer")
 

@@ -470,7 +470,8 @@ def test_options_of_the_strategy_a_rate_for_each_layer_and_joined_layers():
 
 
 @pytest.mark.parametrize("change, words", [(dict(strategy_options=(("shfit", 2),)), "has no option 'shfit'; it has thetas"), (dict(strategy_options=("shift",)), "pairs"),
-                                           (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(joined=0), "joined=0")])
+                                           (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(lr=(0.1, 0.1)), "needs method='ff' and 3 of them"),
+                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0")])
 def test_bad_options_of_a_recipe(change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Recipe("own", "digits", strategy="self_contrastive", **change)
