@@ -12,7 +12,7 @@ import math
 import torch
 
 from .goodness import sum_of_squares
-from .layers import FFLinear, Network, normalise, prepare
+from .layers import FFLinear, Network, hand_on, normalise, prepare
 from .readout import _twin, features, fit_ridge
 
 # %% ../nbs/10_why.ipynb #470b9805
@@ -180,7 +180,7 @@ def _hardness(network, strategy, x, y, generator):
         squares = sum_of_squares(a)
         out.append(overlap(*squares.chunk(2)))
         if i < len(network.layers):
-            h = strategy.between(normalise(a, squares), y, i, generator)
+            h = strategy.between(hand_on(layer, h, a, squares), y, i, generator)
     return out
 
 # %% ../nbs/10_why.ipynb #acca7f0d

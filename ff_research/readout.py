@@ -16,7 +16,7 @@ import torch
 from .data import validation_size
 from .goodness import sum_of_squares
 from .labels import check_room, labelled, neutral
-from .layers import activities, normalise
+from .layers import activities, hand_on
 from .training import PRECISIONS, _one_of, best_device, best_precision
 
 # %% ../nbs/06_readout.ipynb #4757381f
@@ -69,10 +69,10 @@ def label_goodness(network, x, num_classes, *, first=2, goodness=sum_of_squares,
         h = twin.prepare(labelled(part.to(where), candidates.expand(-1, len(part)), num_classes))
         total = torch.zeros(num_classes * len(part), dtype=torch.float32, device=where)
         for depth, layer in enumerate(twin.layers, start=1):
-            h = layer(h)
+            x, h = h, layer(h)
             if depth >= first:
                 total += goodness(h.flatten(1))
-            h = normalise(h.flatten(1)).view_as(h) if depth < len(twin.layers) else h
+            h = hand_on(layer, x, h.flatten(1)).view_as(h) if depth < len(twin.layers) else h
         out.append(total.view(num_classes, -1).T)
     return torch.cat(out)
 

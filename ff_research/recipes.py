@@ -84,6 +84,7 @@ class Recipe:
     schedule: str = "together"
     peer: float = 0.0
     full_gradient: bool = False
+    triangle: bool = False
     collaboration: str | None = None
     centred: float = 0.0
     first: int = 2
@@ -128,7 +129,7 @@ FIELDS = {  # field: what it may be, and in words
     "strategy_options": (lambda v: isinstance(v, tuple) and all(isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str) for o in v), "a tuple of (name, value) pairs"),
     "joined": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "first": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
-    "full_gradient": (lambda v: isinstance(v, bool), "True or False"),
+    **{key: (lambda v: isinstance(v, bool), "True or False") for key in ("full_gradient", "triangle")},
     "target": (lambda v: isinstance(v, str), "a text")}
 
 def _check_seed(seed):
@@ -174,8 +175,8 @@ RECIPES = {recipe.name: recipe for recipe in (
     LOEWE, HINTON, SYMBA, BACKPROP, RANDOM,
     Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="hinton", options=(("theta", 1000),), epochs=100, lr=0.001, batch_size=250,
            peer=0.03, full_gradient=True, centred=10.0, target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
-    Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("standardise", True), ("shift", 2)), epochs=20, lr=(0.003, 0.002),
-           weight_decay=1e-4, optimizer="adamw", joined=1, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
+    Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("shift", 2),), epochs=20, lr=(0.003, 0.002),
+           weight_decay=1e-4, optimizer="adamw", triangle=True, joined=1, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
@@ -332,7 +333,7 @@ def _strategy_of(recipe, num_classes):
 
 def _network(recipe, images, seed=0):
     "A recipe's network as it is before training."
-    return Network([images.num_pixels, *recipe.widths], seed=seed, peer=recipe.peer, full_gradient=recipe.full_gradient)
+    return Network([images.num_pixels, *recipe.widths], seed=seed, peer=recipe.peer, full_gradient=recipe.full_gradient, triangle=recipe.triangle)
 
 def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_epoch=None, **where):
     "Train a recipe's network; gives the history, empty for a network that is not trained."

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .data import as_float
 from .goodness import GoodnessObjective, hinton, mean_of_squares
 from .labels import check_labels, labelled, neutral, overlay, wrong_labels
-from .layers import activities, normalise
+from .layers import activities, normalise, standardise
 from .training import _one_of
 
 # %% ../nbs/08_strategies.ipynb #bc8f60f7
@@ -361,12 +361,10 @@ class Paired:
 
     A unit that reads two images with the same weights sees their sum; here it is their mean. The product is linear, so one
     product of the weights with the batch serves both streams. images: `[batch, …]`; partner: `[batch]`, a permutation;
-    centred: whether each image's mean is taken off before the first layer reads it; others: `[batch, …]`, what stands
-    beside in the place of the images themselves, other views of them say, which costs a second product.
+    others: `[batch, …]`, what stands beside in the place of the images themselves, other views of them say, which costs a second product.
     """
     images: torch.Tensor
     partner: torch.Tensor
-    centred: bool = False
     others: torch.Tensor | None = None
 
     @property
@@ -374,15 +372,15 @@ class Paired:
         "How many pairs it stands for."
         return 2 * len(self.images)
 
-    def prepare(self, inputs, dtype):
-        "The same with images of root mean square 1 each; flat, if `inputs` gives the number of pixels to expect."
+    def prepare(self, inputs, dtype, standard=False):
+        "The same with images of root mean square 1 each, their means taken off first if `standard`; flat, if `inputs` gives the number of pixels to expect."
         def ready(images):
             x = as_float(images).flatten(1)
             if inputs is not None and x.shape[1] != inputs:
                 raise ValueError(f"images {list(images.shape[1:])} have {x.shape[1]} pixels, but the network's first layer takes {inputs}")
-            x = normalise(x - x.mean(1, keepdim=True) if self.centred else x).to(dtype)
+            x = (standardise if standard else normalise)(x).to(dtype)
             return x if inputs is not None else x.view(images.shape)
-        return Paired(ready(self.images), self.partner, self.centred, None if self.others is None else ready(self.others))
+        return Paired(ready(self.images), self.partner, None if self.others is None else ready(self.others))
 
     def dense(self):
         "The means written out, `[2 x batch, …]`."
@@ -435,16 +433,16 @@ class SelfContrastiveStrategy(PlainPositives):
     """SCFF: an image beside itself against an image beside another; no labels. Source: Chen et al. (2025).
 
     thetas: (theta_pos, theta_neg) of each layer, the last pair again for deeper ones; penalties likewise. repair: whether the
-    positives of a layer are paired anew for the next one (True) or both streams go on (False). standardise: take each image's
-    mean off in training, as the paper does; the read-outs of this package do not. shift: the two images of a pair are moved by up to
-    so many pixels, each by itself (the paper's on MNIST: 2), so that a positive is two views of one image.
+    positives of a layer are paired anew for the next one (True) or both streams go on (False). shift: the two images of a pair are
+    moved by up to so many pixels, each by itself (the paper's on MNIST: 2), so that a positive is two views of one image.
+    The paper's layers hand on triangle activities: `Network(…, triangle=True)`.
     """
     name = "self_contrastive"
     redraws_between = True
 
-    def __init__(self, num_classes, thetas=((4.0, 6.0), (1.0, 1.0)), penalties=(1e-4, 0.0), repair=False, standardise=False, shift=0):
+    def __init__(self, num_classes, thetas=((4.0, 6.0), (1.0, 1.0)), penalties=(1e-4, 0.0), repair=False, shift=0):
         super().__init__(num_classes)
-        self.thetas, self.penalties, self.repair, self.standardise, self.shift = thetas, penalties, repair, standardise, shift
+        self.thetas, self.penalties, self.repair, self.shift = thetas, penalties, repair, shift
 
     def generate(self, x, y, network=None, generator=None):
         one = as_float(x)
@@ -452,12 +450,10 @@ class SelfContrastiveStrategy(PlainPositives):
 
     def streams(self, x, y, network=None, generator=None):
         one, other = (shifted(x, self.shift, generator) for _ in range(2)) if self.shift else (x, None)
-        return Paired(one, partners(len(x), x.device, generator), self.standardise, other)
+        return Paired(one, partners(len(x), x.device, generator), other)
 
     def between(self, h, y, layer, generator=None):
-        if not self.repair:
-            return normalise(h - h.mean(1, keepdim=True)) if self.standardise else h
-        return Paired(h[:len(y)], partners(len(y), h.device, generator), self.standardise).prepare(None, h.dtype)
+        return Paired(h[:len(y)], partners(len(y), h.device, generator)) if self.repair else h
 
     def objective(self, units, layer=1):
         theta_pos, theta_neg = self.thetas[min(layer, len(self.thetas)) - 1]

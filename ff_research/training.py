@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from .data import _shown
 from .goodness import row_factor, sum_of_squares
 from .labels import check_labels, check_room
-from .layers import FFLinear, Network, add_product_gradient, normalise, prepare, product
+from .layers import FFLinear, Network, add_product_gradient, hand_on, normalise, prepare, product, standardise
 
 # %% ../nbs/05_training.ipynb #12cdad39
 def best_device(device="auto"):
@@ -191,6 +191,7 @@ class _Learner:
     def __init__(self, layer, objective, peer, optimizer, lr, weight_decay, dtype, workspace):
         self.layer, self.objective, self.peer, self.lr, self.workspace = layer, objective, peer, lr, workspace
         self.twin = layer if dtype == torch.float32 else copy.deepcopy(layer).to(dtype)
+        self.triangle = getattr(layer, "triangle", False)
         self.heads = list(objective.parameters())
         self.loudness = torch.zeros((), device=next(layer.parameters()).device)  # of all activity in an epoch: its sums of squares, added up
         self.revivable = False  # whether a gradient reaches units that are silent
@@ -204,6 +205,8 @@ class _Learner:
         rows = len(x) if isinstance(x, torch.Tensor) else x.rows
         h = self.workspace.get(slot, (rows, len(weight)), weight.dtype, weight.device)
         product(x, weight, bias, out=h)
+        if self.triangle:
+            torch.sub(h, h.mean(1, keepdim=True), out=self.workspace.get("triangle", h.shape, h.dtype, h.device)).relu_()
         h.relu_()
         return h, _squares(h)
 
@@ -215,8 +218,9 @@ class _Learner:
         return None if last else self.hand_on(h, squares), loss, g
 
     def hand_on(self, h, squares, slot="x"):
-        "The normalised activity, in a buffer that the next layer's own output will take over."
-        return normalise(h, squares, out=self.workspace.get(slot, h.shape, h.dtype, h.device))
+        "What the next layer reads of the activity that was computed last, in a buffer that its own output will take over."
+        out = self.workspace.get(slot, h.shape, h.dtype, h.device)
+        return standardise(self.workspace.get("triangle", h.shape, h.dtype, h.device), out) if self.triangle else normalise(h, squares, out)
 
     def goodness(self, h, squares, y):
         "Goodness `[streams x batch]` of an activity and its rows' sums of squares, as the layer's own objective reads it."
@@ -536,7 +540,7 @@ def _together(network, learners, images, strategy, batch_size, generator, dtype,
         start, meter = time.perf_counter(), _Meter(len(learners), generator.device)
         for batch in _batches(len(images.y_train), batch_size, generator):
             x, y = images.x_train[batch], images.y_train[batch]
-            h = prepare(strategy.streams(x, y, network, generator), inputs, dtype)
+            h = prepare(strategy.streams(x, y, network, generator), inputs, dtype, network.triangle)
             if collaboration == "all":
                 learned = _after_hearing_all(learners, h, y, factor(epoch))
             else:
@@ -552,12 +556,12 @@ def _climb(learners, h, y, streams=2, heard=True):
     "What frozen layers hand on, and (if `heard`) the sum of their goodness, for inputs of both streams `[2 x batch, …]` or of one."
     total = 0.0
     for learner in learners:
-        h = learner.twin(h)
+        x, h = h, learner.twin(h)
         squares = sum_of_squares(h)
         if heard:  # an objective reads two streams, so a single one is read as both
             both = (h, squares) if streams == 2 else (torch.cat([h, h]), torch.cat([squares, squares]))
             total = total + learner.goodness(*both, y)[:len(h)]
-        h = normalise(h, squares)
+        h = hand_on(learner.twin, x, h, squares)
     return h, total
 
 @torch.no_grad()
@@ -565,7 +569,7 @@ def _pushed(network, learners, inputs, dtype, heard=False):
     "What frozen layers hand on for a list of (images or `Labelled`, labels), in one tensor, and the sum of their goodness `[images]`."
     out, gamma = [], []
     for x, y in inputs:
-        h, total = _climb(learners, prepare(x, getattr(network.layers[0], "inputs", None), dtype), y, 1, heard)
+        h, total = _climb(learners, prepare(x, getattr(network.layers[0], "inputs", None), dtype, network.triangle), y, 1, heard)
         out.append(h if isinstance(h, torch.Tensor) else h.dense())
         gamma.append(torch.zeros(len(y), device=y.device) + total)
     return torch.cat(out), torch.cat(gamma)
@@ -598,7 +602,7 @@ def _greedy(network, learners, images, strategy, batch_size, generator, dtype, f
             gamma = gamma if collaboration else 0.0
             if above:
                 activity, squares = learner.activity(h)
-                gamma = gamma + _climb(above, normalise(activity, squares), y)[1]
+                gamma = gamma + _climb(above, hand_on(learner.twin, h, activity, squares), y)[1]
                 loss, g = learner.learn_from(h, activity, squares, y, len(y), rate, gamma)
             else:
                 _, loss, g = learner.learn(h, y, len(y), rate, gamma, last=True)
@@ -760,7 +764,7 @@ class _Pairwise(_Backprop):
             h, total = self.twin.prepare(self.strategy.streams(x, y, self.twin, self.generator)), 0.0
         for depth, layer in enumerate(self.twin.layers, start=1):
             activity = layer(h)
-            h, total = normalise(activity), total + (sum_of_squares(activity) if depth >= self.first else 0.0)
+            h, total = hand_on(layer, h, activity), total + (sum_of_squares(activity) if depth >= self.first else 0.0)
         loss, g = self.objective(activity, y, squares=total)
         g_pos, g_neg = g.detach().chunk(2)
         return loss, (g_pos > g_neg).float().mean()

@@ -1,0 +1,99 @@
+"Layers that hand on what lies above the mean: every place that climbs a network reads the same numbers."
+import pytest
+import torch
+
+from ff_research.data import load
+from ff_research.goodness import hinton, sum_of_squares
+from ff_research.labels import labelled, neutral, overlay
+from ff_research.layers import Network, activities, hand_on, prepare, product, standardise
+from ff_research.readout import features, label_goodness
+from ff_research.strategies import make_strategy
+from ff_research.training import Workspace, _Learner, train, train_backprop
+
+QUIET = dict(precision="fp32", device="cpu", progress=False)
+
+
+def written_out(network, x):
+    "Goodness and handed-on activity of each layer for images `[batch, …]`, from the definition, in float64."
+    t, out = x.flatten(1).double(), []
+    t = (t - t.mean(1, keepdim=True)) / t.std(1, keepdim=True, correction=0)
+    for layer in network.layers:
+        z = t @ layer.weight.double().T + layer.bias.double()
+        t = (z - z.mean(1, keepdim=True)).clamp(min=0)
+        t = (t - t.mean(1, keepdim=True)) / t.std(1, keepdim=True, correction=0)
+        out.append((z.clamp(min=0).square().sum(1), t))
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture
+def network():
+    network = Network([64, 30, 20, 25], seed=3, triangle=True)
+    for layer in network.layers:  # biases that matter
+        layer.bias.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
+    return network
+
+
+@pytest.fixture
+def images():
+    return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_read_outs_and_forward_see_the_triangle(network, images):
+    truth = written_out(network, images)
+    for (goodness, t), raw, handed, feature in zip(truth, activities(network, images, normalised=False), activities(network, images), features(network, images, precision="fp32", device="cpu")):
+        assert torch.allclose(sum_of_squares(raw).double(), goodness, rtol=1e-5)
+        assert torch.allclose(handed.double(), t, atol=1e-4) and torch.allclose(feature.double(), t, atol=1e-4)
+    assert torch.allclose(network(images).double(), truth[-1][1], atol=1e-4)
+
+
+def test_labels_are_read_from_the_same_layers(network, images):
+    found = label_goodness(network, images, 4, first=2, precision="fp32", device="cpu")
+    for k in range(4):
+        truth = written_out(network, overlay(images, torch.full((40,), k), 4))
+        assert torch.allclose(found[:, k].double(), truth[1][0] + truth[2][0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_a_layer_that_learns_hands_on_the_triangle_of_before_its_step(network, images, dtype, close):
+    layer, x = network.layers[0], prepare(images, 64, dtype, True)
+    learner = _Learner(layer, hinton(), None, "sgd", 0.01, 0.0, dtype, Workspace())
+    twin = learner.twin
+    expected = hand_on(twin, x, twin(x)).clone()
+    before = layer.weight.clone()
+    handed, _, _ = learner.learn(x, torch.zeros(20, dtype=torch.long), 20)
+    assert (handed - expected).float().square().mean().sqrt() < close and not torch.equal(layer.weight, before)
+    assert torch.allclose(handed.float().mean(1), torch.zeros(40), atol=0.01)
+
+
+def test_shared_pixels_are_standardised_like_images_written_out(images):
+    y = torch.arange(40) % 10
+    shared, written = prepare(labelled(images, torch.stack([y, (y + 1) % 10]), 10), 64, standard=True), [overlay(images, y, 10), overlay(images, (y + 1) % 10, 10)]
+    weight = torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
+    dense = torch.cat([standardise(x.flatten(1)) for x in written])
+    assert torch.allclose(product(shared, weight, torch.zeros(7)), dense @ weight.T, atol=1e-4)
+    assert torch.allclose(prepare(neutral(images, 10), 64, standard=True), standardise(neutral(images, 10).flatten(1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule, collaboration", [("together", None), ("together", "all"), ("greedy", None), ("greedy", "all")])
+def test_every_schedule_trains_such_layers(schedule, collaboration, digits):
+    network = Network([64, 60, 60], seed=0, triangle=True)
+    history = train(network, digits, make_strategy("label_embedding", 10), epochs=6, lr=3e-3, batch_size=50, schedule=schedule, collaboration=collaboration, **QUIET)
+    assert min(history.epochs[-1]["separation"]) > 0.75
+
+
+def test_backpropagation_passes_through_the_triangle(digits):
+    network = Network([64, 60, 60], seed=0, triangle=True)
+    losses = [epoch["loss"][0] for epoch in train_backprop(network, digits, epochs=5, batch_size=50, **QUIET).epochs]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_own_layers_have_no_triangle():
+    class Own(torch.nn.Linear):
+        units = 3
+    with pytest.raises(ValueError, match="triangle"):
+        Network([Own(4, 3)], triangle=True)
