@@ -209,12 +209,12 @@ def softmax_head(network, images, *, first=2, precision="auto", device="auto"):
     return fit_probe(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
 
 # %% ../nbs/06_readout.ipynb #0d6610d1
-def probe_errors(train, test, images, fit=fit_probe, joined=2):
+def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False):
     """Errors in % of a probe of each feature matrix, and of the matrices from number `joined` on together, where these are several.
 
     train, test: lists of features of the training and test images `[images, units]`. Gives {"test": {name: error}, "validation": …};
     names are "layer_1", "layer_2", … and "layers_2_to_L" (or whatever `joined` is). The probe is fitted without the last `validation_size(images)` training images.
-    fit: `fit_probe` or `fit_ridge`.
+    fit: `fit_probe` or `fit_ridge`. refit: fit it again on all training images, with the l2 chosen so, before it is tested.
     """
     held, out = _held(images), {"test": {}, "validation": {}}
     y, y_test = images.y_train.to(train[0].device), images.y_test.to(train[0].device)
@@ -223,20 +223,22 @@ def probe_errors(train, test, images, fit=fit_probe, joined=2):
         matrices[f"layers_{joined}_to_{len(train)}"] = tuple(torch.cat(part[joined - 1:], 1) for part in (train, test))
     for name, (f, f_test) in matrices.items():
         probe = fit(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
-        out["validation"][name], out["test"][name] = probe.error(f[-held:], y[-held:]), probe.error(f_test, y_test)
+        out["validation"][name] = probe.error(f[-held:], y[-held:])
+        probe = fit(f, y, images.num_classes, l2=(probe.l2,)) if refit else probe
+        out["test"][name] = probe.error(f_test, y_test)
     return out
 
-def linear_probe(network, images, *, neutral_label=True, fit=fit_probe, joined=2, precision="auto", device="auto"):
+def linear_probe(network, images, *, neutral_label=True, fit=fit_probe, joined=2, refit=False, precision="auto", device="auto"):
     """Read-out B: errors in % of a linear probe on the frozen, normalised activities of each layer, and of layers 2…L (from `joined` on) together.
 
-    neutral_label: read images under the neutral label (networks that were trained with labels), else plain. fit: `fit_probe` or `fit_ridge`.
+    neutral_label: read images under the neutral label (networks that were trained with labels), else plain. fit, refit: as in `probe_errors`.
     Gives {"test": {"layer_1": error, …}, "validation": {…}}; see `probe_errors`.
     """
     _check_samples(images.x_train, images.y_train)
     _check_samples(images.x_test, images.y_test)
     classes = images.num_classes if neutral_label else None
     train, test = (features(network, x, classes, precision=precision, device=device) for x in (images.x_train, images.x_test))
-    return probe_errors(train, test, images, fit, joined)
+    return probe_errors(train, test, images, fit, joined, refit)
 
 # %% ../nbs/06_readout.ipynb #c0cd3cc9
 @torch.no_grad()

@@ -65,6 +65,7 @@ class Recipe:
     centred: energy of the centred images (`data.centred`), 0 for plain ones; first: the first layer whose goodness the labels are read from, and which is
     in the loss of "pairwise"; probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker), of each layer and of layers `joined`, …, L together;
     pretext: a task of `PRETEXTS` whose labels take the place of the data set's own (`pretext`, always drawn with seed 0), None for none;
+    all_images: whether network and probes learn from the validation images too, once trials without the test images have settled everything else: some papers do;
     target: the published number that the recipe is to reach, with its source. Raises ValueError for a field that no run can use.
     """
     name: str
@@ -91,6 +92,7 @@ class Recipe:
     probes: str = "softmax"
     joined: int = 2
     pretext: str | None = None
+    all_images: bool = False
     target: str = ""
 
     def __post_init__(self):
@@ -129,7 +131,7 @@ FIELDS = {  # field: what it may be, and in words
     "strategy_options": (lambda v: isinstance(v, tuple) and all(isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str) for o in v), "a tuple of (name, value) pairs"),
     "joined": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "first": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
-    **{key: (lambda v: isinstance(v, bool), "True or False") for key in ("full_gradient", "triangle")},
+    **{key: (lambda v: isinstance(v, bool), "True or False") for key in ("full_gradient", "triangle", "all_images")},
     "target": (lambda v: isinstance(v, str), "a text")}
 
 def _check_seed(seed):
@@ -176,7 +178,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="hinton", options=(("theta", 1000),), epochs=100, lr=0.001, batch_size=250,
            peer=0.03, full_gradient=True, centred=10.0, target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
     Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("shift", 2),), epochs=20, lr=(0.003, 0.002),
-           weight_decay=1e-4, optimizer="adamw", triangle=True, joined=1, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
+           weight_decay=1e-4, optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
@@ -348,14 +350,14 @@ def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_e
     return train(network, images, strategy, objective=objective, schedule=recipe.schedule, collaboration=recipe.collaboration, **shared)
 
 # %% ../nbs/90_recipes.ipynb #47a7cae0
-def _probed(recipe, network, images, **where):
+def _probed(recipe, network, images, refit=False, **where):
     """Errors of the recipe's linear probes, under "probe" (softmax) or "ridge": {kind: {part: {features: error}}}."""
     kind, fit = ("probe", fit_probe) if recipe.probes == "softmax" else ("ridge", fit_ridge)
     if recipe.method == "pixels":
-        found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images, fit)
+        found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images, fit, refit=refit)
         return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
     neutral = recipe.method in ("ff", "pairwise", "random") and STRATEGIES[recipe.strategy].contrasts_labels
-    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, joined=recipe.joined, **where)}
+    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, joined=recipe.joined, refit=refit, **where)}
 
 # %% ../nbs/90_recipes.ipynb #e8e56e56
 def _read(recipe):
@@ -364,7 +366,8 @@ def _read(recipe):
 
 def _measure(recipe, network, images, validation, test, probe=True, **where):
     "Errors in % on the validation images and, if `test`, on the test images, of every read-out that the recipe's method has. probe: also of the linear probe, which a method without another has in any case."
-    parts = ("validation", "test") if test else ("validation",)
+    whole = recipe.all_images and test  # then nothing is left that validation could mean
+    parts = ("test",) if whole else ("validation", "test") if test else ("validation",)
     if not test:
         images = replace(images, x_test=validation.x_test, y_test=validation.y_test)
     sets, errors = dict(validation=validation, test=images), {part: {} for part in parts}
@@ -375,7 +378,7 @@ def _measure(recipe, network, images, validation, test, probe=True, **where):
             errors[part]["head"] = head_error(network, sets[part], **where)
     if not probe and errors[parts[0]]:
         return errors
-    for kind, found in _probed(recipe, network, images, **where).items():
+    for kind, found in _probed(recipe, network, images, whole, **where).items():
         for part in parts:
             errors[part][kind] = {name: round(error, 4) for name, error in found[part].items()}
     return errors
@@ -423,14 +426,15 @@ def trained(recipe, path, root=None):
 # %% ../nbs/90_recipes.ipynb #d179d207
 def _config(recipe):
     "The settings of a recipe as JSON would give them back: without name and target, lists in the place of tuples. Fields that came later than the first rows stand there only where they are used."
-    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None), ("strategy_options", ()), ("joined", 2)) if getattr(recipe, key) == plain}
+    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None), ("strategy_options", ()), ("joined", 2), ("triangle", False), ("all_images", False))
+             if getattr(recipe, key) == plain}
     return json.loads(json.dumps({key: v for key, v in asdict(recipe).items() if key not in {"name", "target", *later}}))
 
 # %% ../nbs/90_recipes.ipynb #27007b3d
 def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoint=None, progress=True, test=True, probe=True, keep=None):
     """Run a recipe with a seed and give its result row, a dictionary ready for JSON. Same recipe, seed, device and threads: same weights and errors.
 
-    The network learns from the training images without the last `validation_size` ones. test=False leaves the test set unread, for tuning, and probe=False
+    The network learns from the training images without the last `validation_size` ones, unless the recipe asks for all. test=False leaves the test set unread, for tuning, and probe=False
     leaves out the linear probe where there is another read-out. checkpoint: where the state of training is kept; a run that finds it goes on from there.
     keep: a path for the trained network's weights, as safetensors; `trained` gives the network back.
     """
@@ -439,18 +443,19 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
     precision = best_precision(precision, device)
     images, where = _images(recipe, root, device), dict(device=device.type, precision=precision)
     validation = hold_out(images, validation_size(images))
+    learned = images if recipe.all_images and test else replace(validation, name=images.name)
     seconds, epochs, network, start = 0.0, [], None, time.perf_counter()
     if recipe.method != "pixels":
         network = _network(recipe, images, seed)
         if recipe.epochs:
-            epochs = _fit(recipe, network, replace(validation, name=images.name), seed, checkpoint, progress, **where).epochs
+            epochs = _fit(recipe, network, learned, seed, checkpoint, progress, **where).epochs
             seconds = sum(epoch["seconds"] for epoch in epochs)
     if keep is not None and network is not None:
         _save(network, keep, recipe, seed)
     errors = _measure(recipe, network, images, validation, test, probe, **where)
-    shown = len(validation.y_train) * len(epochs)
+    shown = len(learned.y_train) * len(epochs)
     return dict(recipe=recipe.name, seed=seed, config=_config(recipe), errors=errors, weights=_fingerprint(network),
-                data=dict(name=images.name, train=len(validation.y_train), validation=len(validation.y_test), test=len(images.y_test)),
+                data=dict(name=images.name, train=len(learned.y_train), validation=len(validation.y_test), test=len(images.y_test)),
                 seconds=round(seconds, 2), seconds_in_all=round(time.perf_counter() - start, 2), images_per_second=round(shown / seconds) if seconds else None,
                 curves={key: [[_number(v) for v in epoch[key]] for epoch in epochs] for key in ("loss", "separation")}, **origin(device, precision))
 

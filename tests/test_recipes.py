@@ -14,6 +14,8 @@ import torch
 
 import ff_research
 from ff_research import recipes
+from ff_research.data import as_float, load
+from ff_research.readout import fit_ridge, probe_errors
 from ff_research.recipes import RECIPES, Recipe, recipe, run, run_and_keep, run_many
 from ff_research.results import DamagedRow, read_rows
 from ff_research.training import Diverged
@@ -104,6 +106,25 @@ def test_the_validation_images_are_not_trained_on(monkeypatch):
     data = run(TINY, 0, **QUIET)["data"]
     whole = recipes.load("digits")
     assert torch.equal(seen[0].x_train, whole.x_train[:-data["validation"]]) and data["train"] + data["validation"] == len(whole.y_train)
+
+
+def test_a_recipe_may_ask_for_all_images_but_not_in_a_search(monkeypatch):
+    seen, fit = [], recipes._fit
+    monkeypatch.setattr(recipes, "_fit", lambda r, network, images, *rest, **where: seen.append(len(images.y_train)) or fit(r, network, images, *rest, **where))
+    whole = replace(TINY, all_images=True)
+    row, trial, plain = run(whole, 0, **QUIET), run(whole, 0, test=False, **QUIET), run(TINY, 0, test=False, **QUIET)
+    assert seen == [1437, 1137, 1137] and row["data"] == dict(name="digits", train=1437, validation=300, test=360)
+    assert set(row["errors"]) == {"test"} and set(row["errors"]["test"]) == {"per_label", "probe"}
+    assert trial["errors"] == plain["errors"] and trial["weights"] == plain["weights"] != row["weights"]
+
+
+def test_a_refitted_probe_has_learned_the_held_out_images():
+    digits = load("digits")
+    f, f_test = (as_float(x).flatten(1) for x in (digits.x_train, digits.x_test))
+    once, again = (probe_errors([f], [f_test], digits, fit_ridge, refit=refit) for refit in (False, True))
+    chosen = fit_ridge(f[:-300], digits.y_train[:-300], 10, validation=(f[-300:], digits.y_train[-300:]))
+    expected = fit_ridge(f, digits.y_train, 10, l2=(chosen.l2,)).error(f_test, digits.y_test)
+    assert again == {"validation": once["validation"], "test": {"layer_1": expected}}
 
 
 def test_a_run_that_diverges_leaves_no_row(tmp_path, monkeypatch):
