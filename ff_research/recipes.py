@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'SWISH', 'BACKPROP', 'RANDOM', 'RECIPES',
            'DIGITS', 'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'LR_SMALL', 'LR_LARGE',
-           'LR_DIGITS', 'SEARCHES', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin',
-           'trained', 'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep',
-           'measure', 'measured', 'publish_measures', 'run_many']
+           'LR_DIGITS', 'SEARCHES', 'LR_SWISH', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe',
+           'recipe', 'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials',
+           'run_and_keep', 'measure', 'measured', 'publish_measures', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -180,6 +180,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("shift", 2),), epochs=20, lr=(0.003, 0.002),
            weight_decay=1e-4, optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
+    Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
     replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
@@ -204,6 +205,9 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
     for name in STRATEGIES:
         own = OWN if name in ("self_contrastive", "mono_forward") else {}
         RECIPES[f"{short}-{name.replace('_', '-')}"] = replace(GRID, name=f"{short}-{name.replace('_', '-')}", data=data, strategy=name, **own)
+    for name in ("label_embedding", "hard_mining"):  # the same negatives, and a loss that lets go of pairs that are well apart
+        known = f"{short}-{name.split('_')[0]}-swish"
+        RECIPES[known] = replace(GRID, name=known, data=data, strategy=name, **OWN | dict(objective="swish_symba"))
     RECIPES[f"{short}-backprop"] = replace(GRID, name=f"{short}-backprop", data=data, method="backprop", **OWN)
     RECIPES[f"{short}-random"] = replace(GRID, name=f"{short}-random", data=data, method="random", strategy="image_mixing", epochs=0, **OWN)
     RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
@@ -264,7 +268,7 @@ for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pair
 for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
-        option = {None: None, "hinton": "theta", "entropic": "epsilon", "symba": "alpha"}[RECIPES[name].objective]
+        option = {None: None, "hinton": "theta", "entropic": "epsilon"}.get(RECIPES[name].objective, "alpha")
         more = {} if second is None else dict(options=((option, second),)) if option else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
 
@@ -463,17 +467,19 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
 LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
 SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
-            "symba": LR_LARGE, "swish-symba": LR_LARGE, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
+            "symba": LR_LARGE, "swish-symba": LR_LARGE, "backprop-2x2000": LR_SMALL, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
+LR_SWISH = {"cifar10": (0.01, 0.03, 0.1, 0.3)}
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 LR_TALK = {"hinton": (0.0003, 0.001, 0.003, 0.01, 0.03), "entropic": (0.01, 0.03, 0.1, 0.3, 1.0), "symba": (0.1, 0.3, 1.0, 3.0, 10.0), None: (0.003, 0.01, 0.03, 0.1, 0.3)}
 SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
-          "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),))}
+          "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),)),
+          "swish_symba": ("options", (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle")):
-        rates = LR_TALK[r.objective] if r.centred else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
+        rates = LR_TALK[r.objective] if r.centred else LR_SWISH.get(r.data, (0.1, 0.3, 1.0, 3.0)) if r.objective == "swish_symba" else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
         field, *others = SECOND[r.objective]
         SEARCHES[name] = {"lr": rates, field: (getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 
