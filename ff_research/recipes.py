@@ -166,7 +166,7 @@ def _check_fields(recipe):
 
 # %% ../nbs/90_recipes.ipynb #131204dd
 LOEWE = Recipe("loewe", "mnist", epochs=100, peer=0.03, full_gradient=True, target="1.45 % test error (Loewe 2023, README)")
-HINTON = Recipe("hinton-supervised", "mnist", widths=(2000,) * 4, strategy="hard_mining", objective="hinton", options=(("scale", 0.05),), epochs=60, lr=0.02, peer=0.03,
+HINTON = Recipe("hinton-supervised", "mnist", widths=(2000,) * 4, strategy="hard_mining", objective="hinton", options=(("scale", 0.05),), epochs=60, lr=0.01, peer=0.03,
                 full_gradient=True, centred=10.0, target="1.36 % test error (Hinton 2022, section 3.3)")
 SYMBA = Recipe("symba", "mnist", objective="symba", epochs=40, lr=3.0, weight_decay=0.0, batch_size=250, target="1.42 % test error (Lee and Song 2023, as listed by Sun et al. 2025)")
 SWISH = replace(SYMBA, name="swish-symba", objective="swish_symba", strategy="hard_mining", widths=(2000,) * 2, epochs=30, first=1, joined=1, target="1.35 % test error (dah33 2023)")
