@@ -206,9 +206,9 @@ class Network(nn.Module):
         own = len(widths) > 0 and all(isinstance(w, nn.Module) for w in widths)
         if own and triangle:
             raise ValueError("triangle=True is for fully connected layers, given by their widths")
-        self.triangle = triangle
         options = dict(full_gradient=full_gradient, triangle=triangle)
         self.layers = nn.ModuleList(_own_layers(list(widths)) if own else _linear_layers(list(widths), seed, **options))
+        self.triangle = getattr(self.layers[0], "triangle", False)  # of layers that are given, too
         self.peers = nn.ModuleList(PeerNormalisation(layer.units, peer) for layer in self.layers) if peer else None
         self.objectives = nn.ModuleList()
 

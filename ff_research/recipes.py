@@ -469,7 +469,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
 LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
 SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
-            "symba": LR_LARGE, "swish-symba": LR_LARGE, "backprop-2x2000": LR_SMALL, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
+            "symba": LR_LARGE, "swish-symba": LR_LARGE, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
