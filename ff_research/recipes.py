@@ -178,7 +178,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="hinton", options=(("theta", 1000),), epochs=100, lr=0.001, batch_size=250,
            peer=0.03, full_gradient=True, centred=10.0, target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
     Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("shift", 2),), epochs=20, lr=(0.003, 0.002),
-           weight_decay=1e-4, optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
+           weight_decay=1e-4, lr_schedule="exponential", optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'LR_SCHEDULES', 'BLOCK', 'OPTIMIZERS', 'COLLABORATIONS', 'SCHEDULES', 'best_device', 'best_precision',
-           'cool_down', 'constant', 'Workspace', 'Diverged', 'History', 'save_checkpoint', 'read_checkpoint', 'gammas',
-           'train', 'train_backprop']
+           'cool_down', 'constant', 'exponential', 'Workspace', 'Diverged', 'History', 'save_checkpoint',
+           'read_checkpoint', 'gammas', 'train', 'train_backprop']
 
 # %% ../nbs/05_training.ipynb #edffcff5
 import contextlib
@@ -68,7 +68,11 @@ def constant(epoch, epochs):
     "Factor on the learning rate: always 1."
     return 1.0
 
-LR_SCHEDULES = {"cool_down": cool_down, "constant": constant}
+def exponential(epoch, epochs):
+    "Factor on the learning rate: falls by the same factor each epoch, from 1 to 1/20 after the last (Chen et al. 2025, code)."
+    return 0.05 ** (epoch / epochs)
+
+LR_SCHEDULES = {"cool_down": cool_down, "constant": constant, "exponential": exponential}
 
 # %% ../nbs/05_training.ipynb #bbefc1ec
 BLOCK = 1 << 17  # weights at a time: float32 copies of so many stay in a core's own cache

@@ -489,4 +489,4 @@ def test_a_diverging_run_stops_and_says_where(digits, tmp_path):
 def test_choices_left_to_the_machine():
     assert best_device().type in ("cpu", "cuda", "mps") and best_device("cpu") == torch.device("cpu")
     assert best_precision("auto", "meta") == "fp32" and best_precision("bf16", "cpu") == "bf16" and best_precision() in ("fp32", "bf16")
-    assert set(LR_SCHEDULES) == {"cool_down", "constant"} and callable(read_checkpoint) and Images is not None
+    assert set(LR_SCHEDULES) == {"cool_down", "constant", "exponential"} and callable(read_checkpoint) and Images is not None
