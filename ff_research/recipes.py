@@ -181,7 +181,7 @@ RECIPES = {recipe.name: recipe for recipe in (
            weight_decay=1e-4, lr_schedule="exponential", optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
-    *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
+    *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=lr) for n, first, lr in ((4, 2, 0.03), (2, 1, 0.01)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
     replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
     replace(BACKPROP, name="backprop-fashion", data="fashion_mnist", lr=0.003, target=""),
@@ -469,7 +469,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
 LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
 SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
-            "symba": LR_LARGE, "swish-symba": LR_LARGE, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
+            "symba": LR_LARGE, "swish-symba": LR_LARGE, "backprop-2x2000": LR_SMALL, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
