@@ -181,7 +181,7 @@ RECIPES = {recipe.name: recipe for recipe in (
            weight_decay=1e-4, lr_schedule="exponential", optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
-    *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=lr) for n, first, lr in ((4, 2, 0.03), (2, 1, 0.01)) for r in (BACKPROP, RANDOM)),
+    *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=lr if r is BACKPROP else r.lr) for n, first, lr in ((4, 2, 0.03), (2, 1, 0.01)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
     replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
     replace(BACKPROP, name="backprop-fashion", data="fashion_mnist", lr=0.003, target=""),
