@@ -187,7 +187,7 @@ def _hardness(network, strategy, x, y, generator):
 def _untrained(network, seed):
     "A network of the same shape as `seed` draws it, in float32 on the CPU; None where one of its layers cannot be drawn anew."
     if all(isinstance(layer, FFLinear) for layer in network.layers):
-        return Network([network.layers[0].inputs, *(layer.units for layer in network.layers)], seed=seed)
+        return Network([network.layers[0].inputs, *(layer.units for layer in network.layers)], seed=seed, triangle=network.triangle)
     layers = copy.deepcopy(network.layers).float().cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -207,7 +207,7 @@ def _negatives(network, strategy, x, y, seed):
     "The part of `diagnose` that is about the negatives, as the first layer reads them, and as an untrained network does."
     inputs, generator, read = getattr(network.layers[0], "inputs", None), torch.Generator(x.device).manual_seed(seed), []
     for _ in range(2):
-        both = prepare(copy.deepcopy(strategy).streams(x, y, network, generator), inputs, torch.float32)
+        both = prepare(copy.deepcopy(strategy).streams(x, y, network, generator), inputs, torch.float32, network.triangle)
         read.append((both if isinstance(both, torch.Tensor) else both.dense()).flatten(1).chunk(2))
     (x_pos, x_neg), (_, again) = read
     out = {"two_sample_error": two_sample_error(x_pos, x_neg, seed), "mmd": mmd(x_pos, x_neg), "diversity": diversity(torch.stack([x_neg, again]))}

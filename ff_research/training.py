@@ -69,7 +69,7 @@ def constant(epoch, epochs):
     return 1.0
 
 def exponential(epoch, epochs):
-    "Factor on the learning rate: falls by the same factor each epoch, from 1 to 1/20 after the last (Chen et al. 2025, code)."
+    "Factor on the learning rate: falls by the same factor each epoch, from 1 to 1/20 after the last. The form is that of Chen et al. (2025, code), the twentieth ours."
     return 0.05 ** (epoch / epochs)
 
 LR_SCHEDULES = {"cool_down": cool_down, "constant": constant, "exponential": exponential}

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ff_research.data import load
+from ff_research.diagnostics import _untrained
 from ff_research.goodness import hinton, sum_of_squares
 from ff_research.labels import labelled, neutral, overlay
 from ff_research.layers import Network, activities, hand_on, prepare, product, standardise
@@ -117,3 +118,8 @@ def test_training_reads_images_as_the_read_outs_do(name, precision, close, digit
     train(network, digits, strategy, epochs=1, lr=0.0, batch_size=50, precision=precision, device="cpu", progress=False)
     expected = activities(network, seen["inputs"])[0]
     assert (seen["handed"].float() - expected).square().mean().sqrt() < close
+
+
+def test_diagnostics_draw_the_untrained_network_in_the_same_form(network):
+    start = _untrained(network, 3)
+    assert start.triangle and torch.equal(start.layers[0].weight, Network([64, 30, 20, 25], seed=3, triangle=True).layers[0].weight)
