@@ -229,10 +229,10 @@ for name in ("class_confusion", "hard_mining", "image_mixing"):  # the grid's, w
 
 # pretext tasks: classes made from the pictures alone, in the network and with the budget of the layers that talk
 PRETEXT = {"ff": dict(first=2), "backprop": TALKS["backprop"], "random": dict(method="random", strategy="image_mixing", epochs=0, **OWN),
-           "pairwise": TALKS["pairwise"], "last": TALKS["pairwise"] | dict(first=3)}
+           "pairwise": TALKS["pairwise"], "last": TALKS["pairwise"] | dict(first=3), "no-peers": dict(first=2, peer=0.0, full_gradient=False)}
 for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10", "cifar10")):
     for task in PRETEXTS if short == "mnist" else ("rotation",):
-        for name in list(PRETEXT)[:2 if task != "rotation" else 5 if short == "mnist" else 3]:
+        for name in list(PRETEXT)[:2 if task != "rotation" else 6 if short == "mnist" else 3]:
             known = f"{short}-{task}-{name}"
             RECIPES[known] = replace(TALK, name=known, data=data, pretext=task, **PRETEXT[name])
 
@@ -263,7 +263,7 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "hard-mining-all": ((0.003, 1000),),
     "hard-swish": ((1.0, 8), (0.3, 8), (0.3, None)),
     "label-swish": ((1.0, 8), (1.0, None), (0.3, 8))}
-for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pairwise"), ("last", "pairwise")):
+for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pairwise"), ("last", "pairwise"), ("no-peers", "alone")):
     for task in PRETEXTS:  # where a pretext task has no line of its own, the method has the settings that it has with true labels
         if f"mnist-{task}-{name}" in RECIPES:
             FOUND.setdefault(f"{task}-{name}", FOUND[f"talk-{like}"][:3 if f"cifar10-{task}-{name}" in RECIPES else 1])

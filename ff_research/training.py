@@ -796,11 +796,13 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
     layers together: what Forward-Forward would be if gradients passed between layers ("pairwise" backpropagation, Lorberbom et al. 2024).
     first: with a strategy, the first layer whose goodness is in that loss; as many as there are layers leaves the last one's alone, and only its gradient teaches those below.
     Other arguments as in `train`. Gives the `History`, whose one "layer" is the whole network and whose separation is the training accuracy, or that of the pairs.
-    Raises ValueError as `train`, and for a strategy that has no such pairs, an objective that reads more of the activity than its squares, or a `first` that is no layer.
+    Raises ValueError as `train`, and for a network with `full_gradient`, a strategy that has no such pairs, an objective that reads more of the activity than its squares, or a `first` that is no layer.
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         _one_of(name, known, what)
     _check(images, network, epochs, batch_size, strategy)
+    if any(getattr(layer, "full_gradient", False) for layer in network.layers):
+        raise ValueError("the network has full_gradient=True, which is for one layer's own loss; backpropagation needs the gradient that there is: build it without")
     if strategy is not None:
         objective = _pairwise_objective(network, strategy, objective)
     if not 1 <= first <= (1 if strategy is None else len(network.layers)):

@@ -324,6 +324,15 @@ def test_pairwise_backprop_learns_and_resumes(digits, tmp_path):
             train_backprop(networks[2], digits, 6, checkpoint=tmp_path / "c", **other)
 
 
+@pytest.mark.parametrize("strategy", [None, LABELS(10)], ids=["cross-entropy", "pairs"])
+def test_backprop_refuses_a_network_whose_gradient_is_not_the_true_one(digits, strategy):
+    network = Network([64, 10, 10], full_gradient=True)
+    before = weights(network)
+    with pytest.raises(ValueError, match="full_gradient"):
+        train_backprop(network, digits, 1, strategy=strategy, **QUIET)
+    assert not hasattr(network, "head") and torch.equal(before, weights(network))
+
+
 @pytest.mark.parametrize("first, strategy", [(0, LABELS(10)), (3, LABELS(10)), (2, None)])
 def test_goodness_from_no_layer(digits, first, strategy):
     network = small()
