@@ -10,28 +10,16 @@ import torch
 
 from .data import as_float
 from .diagnostics import _counted
-from .layers import normalise
-from .readout import features, fit_ridge, probe_errors
+from .readout import features
 from .strategies import blur_matrix
 from .training import _one_of
-from .transfer import _is_constant, _label_pixels, _named, _seen
+from .transfer import _asked_for, _label_pixels, _named, _ridge_errors, _seen
 
 # %% ../nbs/15_reach.ipynb #fc80be13
 def _joined(raw):
     "Feature matrices by name: each layer's, and all of them side by side where there are several."
     named = {f"layer_{i}": f for i, f in enumerate(raw, start=1)}
     return named | ({f"layers_1_to_{len(raw)}": torch.cat(raw, 1), f"layers_2_to_{len(raw)}": torch.cat(raw[1:], 1)} if len(raw) > 2 else {})
-
-def _errors(train, test, target, layers):
-    "Errors of a ridge on named pairs of matrices, of all or of those asked for; None for one that is the same for every image."
-    out = {"test": {}, "validation": {}}
-    for name in train if layers is None else layers:
-        _one_of(name, tuple(train), "layer")
-        f = train[name]
-        found = None if _is_constant(f) else probe_errors([f], [test[name]], target, fit_ridge)
-        for part in out:
-            out[part][name] = None if found is None else found[part]["layer_1"]
-    return out
 
 # %% ../nbs/15_reach.ipynb #04524a7c
 def readings(network, target, *, neutral_label, layers=None, shape=None, precision="auto", device="auto"):
@@ -43,15 +31,10 @@ def readings(network, target, *, neutral_label, layers=None, shape=None, precisi
     """
     target = _seen(network, target, shape)
     classes, out = _label_pixels(neutral_label, target), {}
-    def raw(classes):
-        return [features(network, x, classes, normalised=False, precision=precision, device=device) for x in (target.x_train, target.x_test)]
-    def normal(parts):
-        return [_joined([normalise(h) for h in part]) for part in parts]
-    activity = raw(classes)
-    out["usual"] = _errors(*normal(activity), target, layers)
-    out["length"] = _errors(*map(_joined, activity), target, layers)
-    if classes is not None:
-        out["plain"] = _errors(*normal(raw(None)), target, layers)
+    conventions = {"usual": (classes, True), "length": (classes, False), "plain": (None, True)}
+    for name, (label, normalised) in list(conventions.items())[:2 if classes is None else 3]:
+        train, test = (_joined(features(network, x, label, normalised=normalised, precision=precision, device=device)) for x in (target.x_train, target.x_test))
+        out[name] = _ridge_errors(_asked_for({key: (train[key], test[key]) for key in train}, layers), target)
     return out
 
 # %% ../nbs/15_reach.ipynb #25b2116a

@@ -94,6 +94,21 @@ def _refuse_constant(f, name, target):
     if _is_constant(f):
         raise ValueError(f"{name} on {target.name!r} is constant: it is the same for every image, and there is nothing to read")
 
+def _asked_for(matrices, layers):
+    "Those of the named matrices that are asked for, None: all. Raises ValueError for an unknown name."
+    for name in layers or ():
+        _one_of(name, tuple(matrices), "layer")
+    return matrices if layers is None else {name: matrices[name] for name in layers}
+
+def _ridge_errors(matrices, target):
+    "Errors of a ridge on pairs of feature matrices by name; None where one is the same for every image."
+    out = {"test": {}, "validation": {}}
+    for name, (f, f_test) in matrices.items():
+        found = None if _is_constant(f) else probe_errors([f], [f_test], target, fit_ridge)
+        for part in out:
+            out[part][name] = None if found is None else found[part]["layer_1"]
+    return out
+
 # %% ../nbs/14_transfer.ipynb #51174299
 def transfer_errors(network, target, *, neutral_label, layers=None, shape=None, precision="auto", device="auto"):
     """Errors in % of a ridge probe on the frozen activities of a network for another data set, per layer and of layers 2…L together.
@@ -105,15 +120,10 @@ def transfer_errors(network, target, *, neutral_label, layers=None, shape=None, 
     Raises ValueError for images that do not fit, NaN, unknown layers, and layers that are constant on the target.
     """
     matrices, target = _matrices(network, target, shape, neutral_label, precision, device)
-    out = {"test": {}, "validation": {}}
-    for name in matrices if layers is None else layers:
-        _one_of(name, tuple(matrices), "layer")
-        f, f_test = matrices[name]
+    asked = _asked_for(matrices, layers)
+    for name, (f, _) in asked.items():
         _refuse_constant(f, name, target)
-        found = probe_errors([f], [f_test], target, fit_ridge)
-        for part in out:
-            out[part][name] = found[part]["layer_1"]
-    return out
+    return _ridge_errors(asked, target)
 
 # %% ../nbs/14_transfer.ipynb #3002f8a9
 @torch.no_grad()
@@ -233,14 +243,10 @@ def fine_tune(network, target, epochs=10, seed=0, *, lr=0.03, neutral_label=Fals
 # %% ../nbs/14_transfer.ipynb #39772d54
 def _target_row(matrices, target, shots, draws, seed):
     "Errors of all feature matrices, and the curve of few labels of the last; None where a matrix is constant."
-    row, most = {"test": {}, "validation": {}}, _fewest(target)[1]
-    for name, (f, f_test) in matrices.items():
-        found = None if _is_constant(f) else probe_errors([f], [f_test], target, fit_ridge)
-        for part in ("test", "validation"):
-            row[part][name] = None if found is None else round(found[part]["layer_1"], 4)
-    few = tuple(k for k in shots if k <= most)
-    low = dict.fromkeys(few) if found is None else _low_shot(f, f_test, target, few, draws, seed, L2)
-    return row | {"low_shot": {str(k): None if error is None else round(error, 4) for k, error in low.items()}}
+    few, (f, f_test) = tuple(k for k in shots if k <= _fewest(target)[1]), list(matrices.values())[-1]
+    low = dict.fromkeys(few) if _is_constant(f) else _low_shot(f, f_test, target, few, draws, seed, L2)
+    row = _ridge_errors(matrices, target) | {"low_shot": {str(k): error for k, error in low.items()}}
+    return {part: {key: None if error is None else round(error, 4) for key, error in errors.items()} for part, errors in row.items()}
 
 # %% ../nbs/14_transfer.ipynb #0f2de788
 def _named(targets):

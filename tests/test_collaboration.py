@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ff_research.collaboration import contributions, layer_goodness, theta_sweep
-from ff_research.data import load
 from ff_research.entropy import entropic, entropy_loss, entropy_parts, functional_entropy, goodness_parts, log_goodness, stream_entropy
 from ff_research.goodness import GoodnessObjective, hinton, mean_activity, sum_of_squares, symba
 from ff_research.layers import Network, normalise, prepare
@@ -22,11 +21,6 @@ from ff_research.training import COLLABORATIONS, SCHEDULES, Diverged, gammas, tr
 QUIET = dict(precision="fp32", device="cpu", progress=False)
 LABELS = STRATEGIES["label_embedding"]
 MODES = (None, *COLLABORATIONS)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 def weights(network):

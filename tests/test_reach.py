@@ -17,11 +17,6 @@ CPU = dict(precision="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return load("digits")
-
-
-@pytest.fixture(scope="module")
 def network(digits):
     network = Network([64, 40, 30, 20])
     train(network, digits, STRATEGIES["label_embedding"](10), epochs=3, progress=False, **CPU)
@@ -36,6 +31,12 @@ def test_usual_and_plain_readings_are_the_transfer_errors(digits, network):
         for part in ("test", "validation"):
             assert {name: read[kind][part][name] for name in expected[part]} == expected[part]
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+def test_a_network_with_triangles_is_read_by_what_its_layers_hand_on(digits):
+    network = Network([64, 30, 20], triangle=True)
+    read = readings(network, digits, neutral_label=False, **CPU)
+    assert read["usual"] == transfer_errors(network, digits, neutral_label=False, **CPU) != read["length"]
 
 
 def test_all_layers_together_are_read_and_only_layers_that_were_asked_for(digits, network):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ff_research.data import load
 from ff_research.goodness import mean_activity, mean_of_squares, sum_of_squares
 from ff_research.labels import neutral, overlay
 from ff_research.layers import Network, activities
@@ -16,11 +15,6 @@ from ff_research.strategies import STRATEGIES
 from ff_research.training import train, train_backprop
 
 CPU = dict(precision="fp32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 @pytest.fixture(scope="module")

@@ -129,11 +129,6 @@ def test_the_comparison_would_notice(unbroken):
 QUIET = dict(epochs=2, precision="fp32", device="cpu", progress=False)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
-
-
 @pytest.fixture
 def path(tmp_path, digits):
     "A good checkpoint of a run of two epochs."

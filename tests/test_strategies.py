@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from ff_research.data import Images, load
+from ff_research.data import Images
 from ff_research.labels import overlay
 from ff_research.layers import Network, add_product_gradient, normalise, product
 from ff_research.strategies import (STRATEGIES, LabelEmbeddingStrategy, MaskingStrategy, Paired, PlainPositives, Strategy, blur_matrix, blurred_masks,
@@ -21,11 +21,6 @@ each_with_negatives = pytest.mark.parametrize("name", WITH)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 def test_registry():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ff_research.data import Images, load
+from ff_research.data import Images
 from ff_research.goodness import hinton, mean_activity, swish_symba, symba
 from ff_research.labels import labelled, wrong_labels
 from ff_research.layers import FFLinear, Network, PeerNormalisation, activities, normalise, prepare
@@ -19,11 +19,6 @@ from ff_research.training import (LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged,
 
 QUIET = dict(precision="fp32", device="cpu", progress=False)
 LABELS = STRATEGIES["label_embedding"]
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 def weights(network):

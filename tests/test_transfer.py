@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 
 from ff_research import transfer
-from ff_research.data import Images, hold_out, load
+from ff_research.data import Images, hold_out
 from ff_research.layers import Network
 from ff_research.readout import features, fit_ridge, head_error, linear_probe
 from ff_research.strategies import STRATEGIES
@@ -18,11 +18,6 @@ from ff_research.transfer import fine_tune, low_shot_errors, refit, transfer_err
 
 CPU = dict(precision="fp32", device="cpu")
 NAMES = ["layer_1", "layer_2", "layer_3", "layers_2_to_3"]
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 @pytest.fixture(scope="module")

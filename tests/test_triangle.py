@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from ff_research.data import load
 from ff_research.diagnostics import _untrained
 from ff_research.goodness import hinton, sum_of_squares
 from ff_research.labels import labelled, neutral, overlay
@@ -24,11 +23,6 @@ def written_out(network, x):
         t = (t - t.mean(1, keepdim=True)) / t.std(1, keepdim=True, correction=0)
         out.append((z.clamp(min=0).square().sum(1), t))
     return out
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 @pytest.fixture
