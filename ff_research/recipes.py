@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'SWISH', 'BACKPROP', 'RANDOM', 'RECIPES',
            'DIGITS', 'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'LR_SMALL', 'LR_LARGE',
-           'LR_DIGITS', 'SEARCHES', 'LR_SWISH', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe',
+           'LR_DIGITS', 'SEARCHES', 'LR_PAIRS', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES', 'Recipe',
            'recipe', 'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials', 'publish_trials',
            'run_and_keep', 'measure', 'measured', 'publish_measures', 'run_many']
 
@@ -208,6 +208,8 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
     for name in ("label_embedding", "hard_mining"):  # the same negatives, and a loss that lets go of pairs that are well apart
         known = f"{short}-{name.split('_')[0]}-swish"
         RECIPES[known] = replace(GRID, name=known, data=data, strategy=name, **OWN | dict(objective="swish_symba"))
+    for step, objective in (("no-peers", "hinton"), ("symba", "symba")):  # what lies between Hinton's loss and that one
+        RECIPES[f"{short}-hard-{step}"] = replace(GRID, name=f"{short}-hard-{step}", data=data, strategy="hard_mining", **OWN | dict(objective=objective))
     RECIPES[f"{short}-backprop"] = replace(GRID, name=f"{short}-backprop", data=data, method="backprop", **OWN)
     RECIPES[f"{short}-random"] = replace(GRID, name=f"{short}-random", data=data, method="random", strategy="image_mixing", epochs=0, **OWN)
     RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
@@ -473,7 +475,7 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
-LR_SWISH = {"cifar10": (0.01, 0.03, 0.1, 0.3)}
+LR_PAIRS = {"cifar10": (0.01, 0.03, 0.1, 0.3)}
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 LR_TALK = {"hinton": (0.0003, 0.001, 0.003, 0.01, 0.03), "entropic": (0.01, 0.03, 0.1, 0.3, 1.0), "symba": (0.1, 0.3, 1.0, 3.0, 10.0), None: (0.003, 0.01, 0.03, 0.1, 0.3)}
 SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
@@ -481,8 +483,8 @@ SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta"
           "swish_symba": ("options", (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle")):
-        rates = LR_TALK[r.objective] if r.centred else LR_SWISH.get(r.data, (0.1, 0.3, 1.0, 3.0)) if r.objective == "swish_symba" else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
-        field, *others = SECOND[r.objective]
+        rates = LR_TALK[r.objective] if r.centred else LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0)) if r.objective in ("symba", "swish_symba") else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
+        field, *others = SECOND["swish_symba" if r.objective == "symba" and not r.centred else r.objective]
         SEARCHES[name] = {"lr": rates, field: (getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 
 def _tuples(v):
