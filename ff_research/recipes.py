@@ -161,6 +161,8 @@ def _check_fields(recipe):
         raise ValueError(f"recipe {recipe.name!r}: strategy {recipe.strategy} has no option {unknown[0][:40]!r}; it has {', '.join(takes) or 'none'}")
     if isinstance(recipe.lr, tuple) and (recipe.method != "ff" or len(recipe.lr) != len(recipe.widths)):
         raise ValueError(f"recipe {recipe.name!r}: lr={recipe.lr}; a rate for each layer needs method='ff' and {len(recipe.widths)} of them")
+    if recipe.full_gradient and recipe.method in ("backprop", "pairwise"):
+        raise ValueError(f"recipe {recipe.name!r}: full_gradient=True is for one layer's own loss; method={recipe.method!r} needs the gradient that there is")
     if not recipe.widths and recipe.method != "pixels":
         raise ValueError(f"recipe {recipe.name!r}: widths=(); method={recipe.method!r} needs a layer")
 

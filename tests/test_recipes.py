@@ -21,7 +21,7 @@ from ff_research.results import DamagedRow, read_rows
 from ff_research.training import Diverged
 
 QUIET = dict(progress=False, device="cpu", precision="fp32")
-TINY = replace(RECIPES["digits"], name="tiny", widths=(30, 30), epochs=3)
+TINY = replace(RECIPES["digits"], name="tiny", widths=(30, 30), epochs=3, full_gradient=False)  # so that any method may take its place
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ import os, signal, sys
 from dataclasses import replace
 from ff_research.recipes import RECIPES, run_and_keep
 from ff_research.strategies import STRATEGIES
-RECIPES["tiny"] = replace(RECIPES["digits"], name="tiny", widths=(30, 30), epochs=3)
+RECIPES["tiny"] = replace(RECIPES["digits"], name="tiny", widths=(30, 30), epochs=3, full_gradient=False)
 strategy, left = STRATEGIES["label_embedding"], iter(range(30))
 whole = strategy.streams
 def cut(self, *arguments):
@@ -361,16 +361,17 @@ def test_recipes_without_a_pretext_task_are_what_they_were():
 
 
 def test_pretext_recipes_differ_from_their_talking_kin_in_the_task():
-    likes = dict(ff="alone", backprop="backprop", pairwise="pairwise", last="pairwise")
-    assert sum(bool(r.pretext) for r in RECIPES.values()) == 17 and {r.pretext for r in RECIPES.values()} == {None, *recipes.PRETEXTS}
+    likes = {"ff": "alone", "backprop": "backprop", "pairwise": "pairwise", "last": "pairwise", "no-peers": "alone"}
+    assert sum(bool(r.pretext) for r in RECIPES.values()) == 18 and {r.pretext for r in RECIPES.values()} == {None, *recipes.PRETEXTS}
     for name, r in RECIPES.items():
         if r.pretext:
-            short, task, what = name.split("-")
+            short, task, what = name.split("-", 2)
             assert task == r.pretext and (name in recipes.SEARCHES) == (what != "random")
             if what != "random":
                 kin = RECIPES[f"{short}-talk-{likes[what]}"]
                 searched = dict(lr=kin.lr, options=kin.options, weight_decay=kin.weight_decay, name=kin.name, pretext=None, first=kin.first)
-                assert replace(r, **searched) == kin and r.first == dict(ff=2, last=3).get(what, 1)
+                searched |= dict(peer=0.03, full_gradient=True) if what == "no-peers" else {}
+                assert replace(r, **searched) == kin and r.first == {"ff": 2, "no-peers": 2, "last": 3}.get(what, 1)
                 assert sum(len(list(recipes.itertools.product(*stage.values()))) for stage in recipes.stages(name)) == 8
 
 
@@ -492,7 +493,8 @@ def test_options_of_the_strategy_a_rate_for_each_layer_and_joined_layers():
 
 @pytest.mark.parametrize("change, words", [(dict(strategy_options=(("shfit", 2),)), "has no option 'shfit'; it has thetas"), (dict(strategy_options=("shift",)), "pairs"),
                                            (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(lr=(0.1, 0.1)), "needs method='ff' and 3 of them"),
-                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0")])
+                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0"),
+                                           *((dict(full_gradient=True, method=method), "the gradient that there is") for method in ("backprop", "pairwise"))])
 def test_bad_options_of_a_recipe(change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Recipe("own", "digits", strategy="self_contrastive", **change)
