@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ff_research.data import Images
-from ff_research.diagnostics import dead_units, diagnose, diversity, effective_rank, mmd, overlap, participation_ratio, two_sample_error
+from ff_research.diagnostics import dead_units, diagnose, diversity, effective_rank, mmd, overlap, pair_correlation, pair_error, participation_ratio, two_sample_error
 from ff_research.layers import Network
 from ff_research.strategies import STRATEGIES, make_strategy
 
@@ -48,6 +48,22 @@ def test_overlap_is_its_definition(rounded):
 def test_overlap_of_one_and_of_bfloat16():
     assert overlap(torch.ones(1), torch.ones(1)) == 0.5 and overlap([2.0], [1.0]) == 0.0
     assert overlap(numbers(50).bfloat16(), numbers(50).bfloat16()) == 0.5
+
+
+def test_pairs_are_counted_and_correlated_as_numpy_does():
+    a, b = numbers(57).round(decimals=1), numbers(57, seed=1).round(decimals=1)
+    for right, wrong in ((a, b), (b, a), (a, a - b), (a.bfloat16(), a.numpy() + 3)):
+        x, y = (np.asarray(torch.as_tensor(t).double()) for t in (right, wrong))
+        assert pair_error(right, wrong) == pytest.approx(((y > x) + (y == x) / 2).mean(), abs=1e-12)
+        assert pair_correlation(right, wrong) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-6)
+    assert pair_error(a, a) == 0.5 and pair_error([2.0], [1.0]) == 0
+    assert pair_correlation(a, 3 * a - 1) == pytest.approx(1) and pair_correlation(a, -a) == pytest.approx(-1)
+    assert pair_correlation(a, torch.ones(57)) == pair_correlation(torch.zeros(57), a) == 0
+    for measure in (pair_error, pair_correlation):
+        with pytest.raises(ValueError, match="57 and 56 samples"):
+            measure(a, b[1:])
+    with pytest.raises(ValueError, match="at least 2"):
+        pair_correlation(a[:1], b[:1])
 
 
 def test_pairs_stay_together():
@@ -136,7 +152,7 @@ def test_dead_units():
     assert dead_units(h) == 3 / 8 and dead_units(h[:, 3:]) == 0 and dead_units(torch.zeros(4, 2)) == 1
 
 
-TWO = {"overlap": overlap, "two_sample_error": two_sample_error, "mmd": mmd}
+TWO = {"overlap": overlap, "pair_error": pair_error, "pair_correlation": pair_correlation, "two_sample_error": two_sample_error, "mmd": mmd}
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -173,15 +189,16 @@ def test_every_strategy(images, network, name):
     assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
     assert all(torch.equal(learned[key], value) for key, value in strategy.tensors().items())
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(report["layers"]) == {"overlap", "effective_rank", "participation_ratio", "dead_units"}
+    assert set(report["layers"]) == {"overlap", "pair_error", "pair_correlation", "effective_rank", "participation_ratio", "dead_units"}
     assert all(len(values) == 2 for values in report["layers"].values() if values is not None)
     if not strategy.has_negatives:
-        assert report["negatives"] is None and report["layers"]["overlap"] is None
+        assert report["negatives"] is report["layers"]["overlap"] is report["layers"]["pair_error"] is report["layers"]["pair_correlation"] is None
         return
     negatives = report["negatives"]
     assert set(negatives) == {"two_sample_error", "mmd", "diversity", "hardness_untrained"}
     assert negatives["hardness_untrained"] == report["layers"]["overlap"]   # the network is untrained, and of this seed
-    assert 0 <= negatives["two_sample_error"] <= 100 and all(0 <= v <= 1 for v in report["layers"]["overlap"])
+    assert 0 <= negatives["two_sample_error"] <= 100 and all(0 <= v <= 1 for v in report["layers"]["overlap"] + report["layers"]["pair_error"])
+    assert all(-1 <= v <= 1 for v in report["layers"]["pair_correlation"])
 
 
 def test_negatives_between_layers_are_drawn_there(images, network):
@@ -257,4 +274,4 @@ def test_a_silent_layer_is_no_error(images, network):
         network.layers[0].weight.fill_(-1.0)
     report = diagnose(network, images, make_strategy("label_embedding", 4), **QUIET)["layers"]
     assert report["effective_rank"] == report["participation_ratio"] == [0, 0]
-    assert report["dead_units"] == [1, 1] and report["overlap"] == [0.5, 0.5]
+    assert report["dead_units"] == [1, 1] and report["overlap"] == report["pair_error"] == [0.5, 0.5] and report["pair_correlation"] == [0, 0]
