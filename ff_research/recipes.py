@@ -207,8 +207,8 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
     for name in STRATEGIES:
         own = OWN if name in ("self_contrastive", "mono_forward") else {}
         RECIPES[f"{short}-{name.replace('_', '-')}"] = replace(GRID, name=f"{short}-{name.replace('_', '-')}", data=data, strategy=name, **own)
-    for name in ("label_embedding", "hard_mining"):  # the same negatives, and a loss that lets go of pairs that are well apart
-        known = f"{short}-{name.split('_')[0]}-swish"
+    for what, name in (("label", "label_embedding"), ("hard", "hard_mining"), ("mixing", "image_mixing")):  # a loss that lets go of pairs that are well apart
+        known = f"{short}-{what}-swish"
         RECIPES[known] = replace(GRID, name=known, data=data, strategy=name, **OWN | dict(objective="swish_symba"))
     for step, objective in (("no-peers", "hinton"), ("symba", "symba")):  # what lies between Hinton's loss and that one
         RECIPES[f"{short}-hard-{step}"] = replace(GRID, name=f"{short}-hard-{step}", data=data, strategy="hard_mining", **OWN | dict(objective=objective))
