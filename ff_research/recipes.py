@@ -267,6 +267,7 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "hard-mining-all": ((0.003, 1000),),
     "hard-swish": ((1.0, 8), (0.3, 8), (0.3, None)),
     "label-swish": ((1.0, 8), (1.0, None), (0.3, 8)),
+    "mixing-swish": ((0.3, None), (0.1, None), (0.1, None)),
     "hard-symba": ((1.0, 8), (0.3, 8), (0.3, 8)),
     "hard-no-peers": ((0.003, 250), (0.001, 250), (0.0001, 1000))}
 for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pairwise"), ("last", "pairwise"), ("no-peers", "alone")):
