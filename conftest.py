@@ -71,6 +71,13 @@ def pytest_unconfigure(config):
     worker.stop()
 
 
+@pytest.fixture(scope="session")
+def digits():
+    "The bundled digits, for any test to read and none to change."
+    from ff_research.data import load
+    return load("digits")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
         pytest.skip("slow: runs with --slow")

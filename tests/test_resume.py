@@ -30,8 +30,9 @@ RUNS = {
 def run(name, checkpoint=None, strategy=None):
     "One of the runs above: its weights, what peer normalisation remembers, and its history without the seconds."
     options = dict(epochs=EPOCHS, checkpoint=checkpoint, progress=False, device="cpu", precision="fp32") | RUNS[name]
-    network = Network([64, 40, 40], peer=0.03, full_gradient=True)
-    if options.pop("method") == "train":
+    forward = options.pop("method") == "train"
+    network = Network([64, 40, 40], peer=0.03, full_gradient=forward)
+    if forward:
         history = train(network, load("digits"), strategy or LABELS(10), **options)
     else:
         history = train_backprop(network, load("digits"), **options)
