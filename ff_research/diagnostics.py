@@ -36,10 +36,6 @@ def _pairs(x, y, names, least):
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(x.device, dtype)
 
-def _as_many(x, y):
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} and {len(y)} samples; expected as many of both, one of each a pair")
-
 # %% ../nbs/10_why.ipynb #cf84b683
 def _goodness(g_pos, g_neg, least=1):
     "Both as `[samples]`. Raises ValueError for anything but one number, not NaN, for each sample."
@@ -61,14 +57,20 @@ def overlap(g_pos, g_neg):
     return (below + upto).sum().item() / (2 * len(g_pos) * len(g_neg))
 
 # %% ../nbs/10_why.ipynb #48a03260
+def _in_pairs(g_pos, g_neg, least):
+    "Both as `[pairs]`. Raises ValueError for different numbers of both, too."
+    g_pos, g_neg = _goodness(g_pos, g_neg, least)
+    if len(g_pos) != len(g_neg):
+        raise ValueError(f"{len(g_pos)} and {len(g_neg)} samples; expected as many of both, one of each a pair")
+    return g_pos, g_neg
+
 @torch.no_grad()
 def pair_error(g_pos, g_neg):
     """The share of pairs in the wrong order, ties counted half; a float in [0, 1].
 
     g_pos, g_neg: goodness `[pairs]`, at least one pair. Raises ValueError for other shapes, for different numbers of both, and for NaN.
     """
-    g_pos, g_neg = _goodness(g_pos, g_neg)
-    _as_many(g_pos, g_neg)
+    g_pos, g_neg = _in_pairs(g_pos, g_neg, 1)
     return ((g_neg > g_pos).double() + 0.5 * (g_neg == g_pos)).mean().item()
 
 @torch.no_grad()
@@ -77,9 +79,7 @@ def pair_correlation(g_pos, g_neg):
 
     g_pos, g_neg: goodness `[pairs]`, at least two pairs. 1: it is a matter of the image alone. Raises ValueError as `pair_error` does.
     """
-    g_pos, g_neg = _goodness(g_pos, g_neg, 2)
-    _as_many(g_pos, g_neg)
-    both = torch.stack([g_pos, g_neg]).double()
+    both = torch.stack(_in_pairs(g_pos, g_neg, 2)).double()
     return torch.corrcoef(both)[0, 1].item() if (both.amax(1) > both.amin(1)).all() else 0.0
 
 # %% ../nbs/10_why.ipynb #854a9657
