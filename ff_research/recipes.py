@@ -177,7 +177,7 @@ RANDOM = Recipe("random", "mnist", method="random", epochs=0)
 
 RECIPES = {recipe.name: recipe for recipe in (
     LOEWE, HINTON, SYMBA, BACKPROP, RANDOM,
-    Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="swish_symba", epochs=100, lr=0.3, batch_size=250, centred=10.0,
+    Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="swish_symba", epochs=100, lr=(0.3, 0.03, 0.01, 0.01), weight_decay=1e-4,
            target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
     Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("shift", 2),), epochs=20, lr=(0.003, 0.002),
            weight_decay=1e-4, lr_schedule="exponential", optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
