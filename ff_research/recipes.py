@@ -213,6 +213,8 @@ for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10"
         RECIPES[known] = replace(GRID, name=known, data=data, strategy=name, **OWN | dict(objective="swish_symba"))
     for step, objective in (("no-peers", "hinton"), ("symba", "symba")):  # what lies between Hinton's loss and that one
         RECIPES[f"{short}-hard-{step}"] = replace(GRID, name=f"{short}-hard-{step}", data=data, strategy="hard_mining", **OWN | dict(objective=objective))
+    # Hinton's loss with the sharpness of SymBa's at alpha = 8: scale 16 on the mean of the squares of 500 units
+    RECIPES[f"{short}-hard-soft"] = replace(RECIPES[f"{short}-hard-no-peers"], name=f"{short}-hard-soft", options=(("scale", 16 / 500),))
     RECIPES[f"{short}-backprop"] = replace(GRID, name=f"{short}-backprop", data=data, method="backprop", **OWN)
     RECIPES[f"{short}-random"] = replace(GRID, name=f"{short}-random", data=data, method="random", strategy="image_mixing", epochs=0, **OWN)
     RECIPES[f"{short}-pixels"] = Recipe(f"{short}-pixels", data, method="pixels", widths=(), epochs=0, probes="ridge")
@@ -279,7 +281,7 @@ for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
         option = {None: None, "hinton": "theta", "entropic": "epsilon"}.get(RECIPES[name].objective, "alpha")
-        more = {} if second is None else dict(options=((option, second),)) if option else dict(weight_decay=second)
+        more = {} if second is None else dict(options=(*RECIPES[name].options, (option, second))) if option else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
 
 for mode in ("alone", "previous", "all"):  # with the settings of three layers and eight epochs: other depths, and longer
@@ -489,9 +491,11 @@ SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta"
           "swish_symba": ("options", (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle")):
-        rates = LR_TALK[r.objective] if r.centred else LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0)) if r.objective in ("symba", "swish_symba") else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
+        soft = tuple(option for option in r.options if option[0] == "scale")  # pulls as gently as SymBa's, so the rates are SymBa's
+        rates = LR_TALK[r.objective] if r.centred else LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0)) if soft or r.objective in ("symba", "swish_symba") else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
         field, *others = SECOND["swish_symba" if r.objective == "symba" and not r.centred else r.objective]
-        SEARCHES[name] = {"lr": rates, field: (getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
+        others = [soft + other for other in others] if soft else others
+        SEARCHES[name] = {"lr": rates, field: (soft or getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 
 def _tuples(v):
     "Lists, which JSON knows, as the tuples that a recipe holds, inner ones too."
