@@ -272,7 +272,8 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "label-swish": ((1.0, 8), (1.0, None), (0.3, 8)),
     "mixing-swish": ((0.3, None), (0.1, None), (0.1, None)),
     "hard-symba": ((1.0, 8), (0.3, 8), (0.3, 8)),
-    "hard-no-peers": ((0.003, 250), (0.001, 250), (0.0001, 1000))}
+    "hard-no-peers": ((0.003, 250), (0.001, 250), (0.0001, 1000)),
+    "hard-soft": ((0.1, None), (0.03, None), (0.001, None))}
 for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pairwise"), ("last", "pairwise"), ("no-peers", "alone")):
     for task in PRETEXTS:  # where a pretext task has no line of its own, the method has the settings that it has with true labels
         if f"mnist-{task}-{name}" in RECIPES:
