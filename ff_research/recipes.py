@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'SWISH', 'BACKPROP', 'RANDOM', 'RECIPES',
-           'DIGITS', 'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'LR_SMALL', 'LR_LARGE',
+           'DIGITS', 'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'RUNGS', 'LR_SMALL', 'LR_LARGE',
            'LR_DIGITS', 'SEARCHES', 'LR_PAIRS', 'LR_SOFT', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES',
            'Recipe', 'recipe', 'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials',
            'publish_trials', 'run_and_keep', 'measure', 'measured', 'publish_measures', 'run_many']
@@ -297,6 +297,13 @@ for short in ("mnist", "fashion"):
     rival = RECIPES[f"{short}-talk-backprop"]  # a third of its rate, to see whether that is what features need
     RECIPES[f"{rival.name}-gentle"] = replace(rival, name=f"{rival.name}-gentle", lr=0.01)
 
+RUNGS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+for short in ("mnist", "fashion", "cifar10"):  # each layer one rung of the ladder slower than the one below it
+    for name in ("hard-swish", "mixing-swish", "mono-forward"):
+        known = RECIPES[f"{short}-{name}"]
+        slower = RUNGS[RUNGS.index(known.lr):][:len(known.widths)]
+        RECIPES[f"{known.name}-slower"] = replace(known, name=f"{known.name}-slower", lr=slower)
+
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
     "A recipe by its name. Raises ValueError, with the nearest right name, for an unknown one."
@@ -491,7 +498,7 @@ SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta"
           "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),)),
           "swish_symba": ("options", (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
-    if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle")):
+    if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle", "-slower")):
         soft = tuple(option for option in r.options if option[0] == "scale")
         rates = LR_TALK[r.objective] if r.centred else LR_SOFT.get(r.data, (0.01, 0.03, 0.1, 0.3)) if soft else LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0)) if r.objective in ("symba", "swish_symba") else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
         field, *others = SECOND["swish_symba" if r.objective == "symba" and not r.centred else r.objective]
