@@ -185,7 +185,6 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=lr if r is BACKPROP else r.lr) for n, first, lr in ((4, 2, 0.03), (2, 1, 0.01)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
-    replace(LOEWE, name="loewe-centred", centred=10.0, target=""),
     replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
     replace(BACKPROP, name="backprop-fashion", data="fashion_mnist", lr=0.003, target=""),
     replace(RANDOM, name="random-fashion", data="fashion_mnist"),
