@@ -490,7 +490,8 @@ SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
-LR_PAIRS, LR_SOFT = {"cifar10": (0.01, 0.03, 0.1, 0.3)}, {"cifar10": (0.0003, 0.001, 0.003, 0.01)}  # soft: Hinton's rates over the scale, for steps of the same size
+LR_PAIRS = {"cifar10": (0.01, 0.03, 0.1, 0.3)}
+LR_SOFT = {"cifar10": (0.0003, 0.001, 0.003, 0.01)}  # Hinton's rates over the scale, for steps of the same size
 LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 LR_TALK = {"hinton": (0.0003, 0.001, 0.003, 0.01, 0.03), "entropic": (0.01, 0.03, 0.1, 0.3, 1.0), "symba": (0.1, 0.3, 1.0, 3.0, 10.0), None: (0.003, 0.01, 0.03, 0.1, 0.3)}
 SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
@@ -499,7 +500,14 @@ SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta"
 for name, r in RECIPES.items():
     if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle", "-slower")):
         soft = tuple(option for option in r.options if option[0] == "scale")
-        rates = LR_TALK[r.objective] if r.centred else LR_SOFT.get(r.data, (0.01, 0.03, 0.1, 0.3)) if soft else LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0)) if r.objective in ("symba", "swish_symba") else LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
+        if r.centred:
+            rates = LR_TALK[r.objective]
+        elif soft:
+            rates = LR_SOFT.get(r.data, (0.01, 0.03, 0.1, 0.3))
+        elif r.objective in ("symba", "swish_symba"):
+            rates = LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0))
+        else:
+            rates = LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
         field, *others = SECOND["swish_symba" if r.objective == "symba" and not r.centred else r.objective]
         others = [soft + other for other in others] if soft else others
         SEARCHES[name] = {"lr": rates, field: (soft or getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
