@@ -78,8 +78,11 @@ LR_SCHEDULES = {"cool_down": cool_down, "constant": constant, "exponential": exp
 BLOCK = 1 << 17  # weights at a time: float32 copies of so many stay in a core's own cache
 
 def _descend(weight, momentum, copy_, lr, shrink):
-    "weight <- shrink * weight - lr * momentum, and its copy of low precision; flat tensors, block by block so that each is read from memory once."
-    wide = torch.empty(min(BLOCK, len(weight)), dtype=weight.dtype, device=weight.device)
+    "weight <- shrink * weight - lr * momentum, and its copy of low precision; flat tensors, on the CPU block by block so that each is read from memory once."
+    if weight.device.type != "cpu":
+        copy_.copy_(weight.mul_(shrink).add_(momentum, alpha=-lr))
+        return
+    wide = torch.empty(min(BLOCK, len(weight)), dtype=weight.dtype)
     for w, m, c in zip(weight.split(BLOCK), momentum.split(BLOCK), copy_.split(BLOCK)):
         w.mul_(shrink).add_(wide[:len(w)].copy_(m), alpha=-lr)
         c.copy_(w)
@@ -148,7 +151,7 @@ class _AdamW:
     "torch's fused AdamW on the float32 weights, behind the interface of `_SGD`."
     def __init__(self, master, copies, weight_decay):
         self.master, self.copies = master, copies
-        self.optimizer = torch.optim.AdamW(master, lr=0.0, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(master, lr=0.0, weight_decay=weight_decay, fused=True, capturable=master[0].device.type == "cuda")
         for p in master:
             p.grad = torch.zeros_like(p)  # a first step of length 0 makes the state that a checkpoint keeps
         self.optimizer.step()
@@ -535,22 +538,75 @@ def _after_hearing_all(learners, h, y, factor):
     for learner, (x, h, squares), gamma in zip(learners, kept, heard):
         yield learner.learn_from(x, h, squares, y, len(y), factor, gamma)
 
+# %% ../nbs/05_training.ipynb #d7d6992b
+def _tensors(given):
+    "The tensors of a step's arguments, each of them a tensor or an object that holds tensors (`Labelled`, say)."
+    return [t for one in given for t in ([one] if isinstance(one, torch.Tensor) else vars(one).values()) if isinstance(t, torch.Tensor)]
+
+class _Recorded:
+    """A step that is recorded on CUDA at its second call, then played back on inputs of the same shapes: one launch in the place of hundreds.
+
+    On other devices, and where the recording fails, because something in the step waits for the device, it is the plain step.
+    """
+    def __init__(self, generator):
+        self.generator, self.graph, self.able = generator, None, generator.device.type == "cuda"
+
+    def begin(self, step):
+        "Take another step: a function of tensors, or objects that hold tensors, that gives nothing and works on the device alone."
+        self.step, self.calls, self.held = step, 0, None
+
+    def __call__(self, *given):
+        self.calls += 1
+        if self.calls == 2 and self.able:
+            self.record(copy.deepcopy(given))
+        if self.held is None or [t.shape for t in _tensors(given)] != [t.shape for t in self.held]:
+            return self.step(*given)
+        for held, new in zip(self.held, _tensors(given)):
+            held.copy_(new)
+        self.graph.replay()
+
+    def record(self, given):
+        "Record the step on these inputs, which are its own from now on; nothing is computed yet. The memory is that of the last recording."
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.generator.device)
+        draws = [(g, g.clone_state()) for g in (self.generator, torch.cuda.default_generators[here.device_index])]
+        graph.register_generator_state(self.generator)
+        aside = torch.cuda.Stream(here.device)
+        aside.wait_stream(here)
+        try:
+            with torch.cuda.stream(aside):
+                graph.capture_begin(*(() if self.graph is None else (self.graph.pool(),)), capture_error_mode="thread_local")
+                try:
+                    self.step(*given)
+                finally:
+                    graph.capture_end()
+            self.graph, self.held = graph, _tensors(given)
+        except RuntimeError:  # a recording that fails leaves the generators unable to draw
+            self.able = False
+            for g, state in draws:
+                g.graphsafe_set_state(state)
+        here.wait_stream(aside)
+
+
 # %% ../nbs/05_training.ipynb #db99eb4e
 def _together(network, learners, images, strategy, batch_size, generator, dtype, factor, collaboration=None):
     "An epoch of the schedule in which each batch trains every layer; `factor(epoch)` multiplies the lr."
-    inputs = getattr(network.layers[0], "inputs", None)
+    inputs, step = getattr(network.layers[0], "inputs", None), _Recorded(generator)
 
     def one_epoch(epoch):
         start, meter = time.perf_counter(), _Meter(len(learners), generator.device)
-        for batch in _batches(len(images.y_train), batch_size, generator):
-            x, y = images.x_train[batch], images.y_train[batch]
-            h = prepare(strategy.streams(x, y, network, generator), inputs, dtype, network.triangle)
+
+        def learn(h, y):
             if collaboration == "all":
                 learned = _after_hearing_all(learners, h, y, factor(epoch))
             else:
                 learned = _in_passing(learners, h, y, factor(epoch), strategy, generator, collaboration)
             for i, (loss, g) in enumerate(learned):
                 meter.add(i, loss, g, len(y))
+
+        step.begin(learn)
+        for batch in _batches(len(images.y_train), batch_size, generator):
+            x, y = images.x_train[batch], images.y_train[batch]
+            step(prepare(strategy.streams(x, y, network, generator), inputs, dtype, network.triangle), y)
             meter.steps += 1
         return _examine(learners, meter.read(epoch, time.perf_counter() - start), epoch)
     return one_epoch
@@ -816,12 +872,13 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
     images, network = images.to(device), network.to(device)
     generator, options = torch.Generator(device).manual_seed(seed), (optimizer, lr, weight_decay, PRECISIONS[precision])
     learner = _Backprop(network, *options) if strategy is None else _Pairwise(network, strategy, objective, first, generator, *options)
+    step = _Recorded(generator)
 
     def one_epoch(epoch):
         start, sums, steps = time.perf_counter(), torch.zeros(2, device=device), 0
+        step.begin(lambda x, y: sums.add_(torch.stack(learner.learn(x, y, LR_SCHEDULES[lr_schedule](epoch, epochs)))))
         for batch in _batches(len(images.y_train), batch_size, generator):
-            x, y = images.x_train[batch], images.y_train[batch]
-            sums += torch.stack(learner.learn(x, y.long(), LR_SCHEDULES[lr_schedule](epoch, epochs)))
+            step(images.x_train[batch], images.y_train[batch].long())
             steps += 1
         loss, accuracy = (sums / max(steps, 1)).tolist()
         if not (math.isfinite(loss) and all(torch.isfinite(w).all() for w in learner.master)):

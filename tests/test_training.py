@@ -494,3 +494,31 @@ def test_choices_left_to_the_machine():
     assert best_device().type in ("cpu", "cuda", "mps") and best_device("cpu") == torch.device("cpu")
     assert best_precision("auto", "meta") == "fp32" and best_precision("bf16", "cpu") == "bf16" and best_precision() in ("fp32", "bf16")
     assert set(LR_SCHEDULES) == {"cool_down", "constant", "exponential"} and callable(read_checkpoint) and Images is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["label_embedding", "hard_mining", "layer_wise", "mono_forward", "image_mixing"])
+def test_steps_played_back_are_the_steps(name, digits, monkeypatch):
+    def trained(recorded):
+        network = small(peer=0.03)
+        with monkeypatch.context() as patched:
+            if not recorded:
+                patched.setattr("ff_research.training._Recorded.record", lambda self, given: None)
+            train(network, digits, STRATEGIES[name](10), epochs=3, batch_size=90, device="cuda", precision="bf16", progress=False)
+        return weights(network)
+    assert torch.equal(trained(True), trained(False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_what_waits_for_the_device_is_not_played_back(digits):
+    class Waits(nn.Module):
+        seen = 0
+
+        def forward(self, h, y=None, gamma=0.0, squares=None):
+            self.seen += squares.sum().item() > 0
+            return symba()(h, y, gamma, squares)
+
+    network = small()
+    history = train(network, digits, LABELS(10), epochs=2, objective=Waits(), batch_size=90, device="cuda", progress=False)
+    assert math.isfinite(history.epochs[-1]["loss"][0]) and torch.rand(3, device="cuda").numel() == 3
+    assert network.objectives[0].seen == 2 * -(-len(digits.y_train) // 90)
