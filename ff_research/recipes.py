@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'FIELDS', 'LOEWE', 'HINTON', 'SYMBA', 'SWISH', 'BACKPROP', 'RANDOM', 'RECIPES',
-           'DIGITS', 'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'RUNGS', 'LR_SMALL', 'LR_LARGE',
-           'LR_DIGITS', 'SEARCHES', 'LR_PAIRS', 'LR_SOFT', 'LR_GRID', 'LR_TALK', 'SECOND', 'TARGETS', 'MEASURES',
-           'Recipe', 'recipe', 'origin', 'trained', 'run', 'stages', 'validation_error', 'tune', 'trials',
-           'publish_trials', 'run_and_keep', 'measure', 'measured', 'publish_measures', 'run_many']
+           'DIGITS', 'DIGITS_LR', 'GRID', 'OWN', 'TALK', 'TALKS', 'PRETEXT', 'FOUND', 'LADDER', 'RUNGS', 'RATES',
+           'LR_SMALL', 'LR_LARGE', 'LR_DIGITS', 'SEARCHES', 'LR_PAIRS', 'LR_SOFT', 'LR_GRID', 'LR_TALK', 'SECOND',
+           'SLOWER', 'OF_SCFF', 'TARGETS', 'MEASURES', 'Recipe', 'recipe', 'origin', 'trained', 'run', 'stages',
+           'validation_error', 'tune', 'trials', 'publish_trials', 'run_and_keep', 'measure', 'measured',
+           'publish_measures', 'run_many']
 
 # %% ../nbs/90_recipes.ipynb #31e02aff
 import hashlib
@@ -177,13 +178,14 @@ RANDOM = Recipe("random", "mnist", method="random", epochs=0)
 
 RECIPES = {recipe.name: recipe for recipe in (
     LOEWE, HINTON, SYMBA, BACKPROP, RANDOM,
+    replace(LOEWE, name="loewe-slower", lr=(1e-3, 5e-4, 2.5e-4)), replace(SYMBA, name="symba-slower", lr=(3.0, 3.0, 1.0)),  # the upper layers learn more slowly
     Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="swish_symba", epochs=100, lr=(0.3, 0.03, 0.01, 0.01), weight_decay=1e-4,
            target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
     Recipe("scff-mnist", "mnist", widths=(2000,) * 2, strategy="self_contrastive", strategy_options=(("shift", 2),), epochs=20, lr=(0.003, 0.002),
            weight_decay=1e-4, lr_schedule="exponential", optimizer="adamw", triangle=True, joined=1, all_images=True, target="1.30 % test error of a linear read-out of both layers (Chen et al. 2025)"),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
-    *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=lr if r is BACKPROP else r.lr) for n, first, lr in ((4, 2, 0.03), (2, 1, 0.01)) for r in (BACKPROP, RANDOM)),
+    *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=0.01 if r is BACKPROP else r.lr) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
     replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
     replace(BACKPROP, name="backprop-fashion", data="fashion_mnist", lr=0.003, target=""),
@@ -296,12 +298,20 @@ for short in ("mnist", "fashion"):
     rival = RECIPES[f"{short}-talk-backprop"]  # a third of its rate, to see whether that is what features need
     RECIPES[f"{rival.name}-gentle"] = replace(rival, name=f"{rival.name}-gentle", lr=0.01)
 
-RUNGS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-for short in ("mnist", "fashion", "cifar10"):  # each layer one rung of the ladder slower than the one below it
-    for name in ("hard-swish", "mixing-swish", "mono-forward"):
-        known = RECIPES[f"{short}-{name}"]
-        slower = RUNGS[RUNGS.index(known.lr):][:len(known.widths)]
-        RECIPES[f"{known.name}-slower"] = replace(known, name=f"{known.name}-slower", lr=slower)
+LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+RUNGS = ((0, 0, 0), (0, -1, -1), (0, -1, -2), (0, 0, -1), (1, 0, -1), (1, 0, 0), (0, 1, 2), (0, 1, 1))  # of each layer, above or below one rate for all
+RATES = {  # what the searches for a rate of each layer found, as a place in RUNGS
+    "label-embedding": (3, 0, 6), "class-confusion": (3, 0, 6), "hard-mining": (3, 0, 6), "image-mixing": (7, 3, 0), "masking": (0, 4, 2), "random-noise": (1, 0, 2),
+    "layer-wise": (7, 1, 4), "adversarial": (4, 5, 1), "self-contrastive": (2, 4, 1), "mono-forward": (0, 7, 7), "hard-swish": (2, 1, 0), "label-swish": (2, 2, 3), "mixing-swish": (3, 2, 0)}
+
+def _rates_of(lr, place):
+    "A rate for each layer, or one where all rungs are 0."
+    return tuple(LADDER[LADDER.index(lr) + rung] for rung in RUNGS[place]) if place else lr
+
+for what, found in RATES.items():
+    for short, place in zip(("mnist", "fashion", "cifar10"), found):
+        known = RECIPES[f"{short}-{what}"]
+        RECIPES[f"{known.name}-rates"] = replace(known, name=f"{known.name}-rates", lr=_rates_of(known.lr, place))
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
@@ -486,7 +496,7 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
 LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
 SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
-            "symba": LR_LARGE, "swish-symba": LR_LARGE, "backprop-2x2000": LR_SMALL, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
+            "symba": LR_LARGE, "swish-symba": LR_LARGE, "backprop-2x2000": LR_SMALL, "backprop-4x2000": LR_SMALL, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
@@ -498,7 +508,7 @@ SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta"
           "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),)),
           "swish_symba": ("options", (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
-    if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle", "-slower")):
+    if r.probes == "ridge" and r.epochs and not name.endswith(("layers", "-long", "-gentle", "-rates")):
         soft = tuple(option for option in r.options if option[0] == "scale")
         if r.centred:
             rates = LR_TALK[r.objective]
@@ -512,18 +522,48 @@ for name, r in RECIPES.items():
         others = [soft + other for other in others] if soft else others
         SEARCHES[name] = {"lr": rates, field: (soft or getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 
+
+# %% ../nbs/90_recipes.ipynb #03452a31
+for what in RATES:  # a rate for each layer: eight trials of full length for everybody
+    for short in ("mnist", "fashion", "cifar10"):
+        known = RECIPES[f"{short}-{what}"]
+        SEARCHES[f"{known.name}-rates"] = {"lr": tuple(_rates_of(known.lr, place) for place in range(len(RUNGS))), "epochs": (known.epochs,)}
+
+def _one_by_one(epochs, *more, **fields):
+    "Settings that change one field each, to each of its values, and then `more`; each is run for so many epochs where it does not say."
+    changes = [{field: value} for field, values in fields.items() for value in values]
+    return tuple(dict(epochs=epochs) | change for change in (*changes, *more))
+
+SLOWER = ((2e-3, 1e-3, 5e-4), (1e-3, 1e-3, 3e-4))
+SEARCHES["symba-slower"] = {"lr": (*itertools.product((3.0,), (3.0,), (3.0, 1.0)), *itertools.product((3.0,), (1.0,), (1.0, 0.3)),
+                                   (10.0, 3.0, 1.0), (3.0, 0.3, 0.1), (1.0, 0.3, 0.1), (1.0, 1.0, 0.3)), "epochs": (40,)}
+SEARCHES["loewe"] = _one_by_one(100, *(dict(weight_decay=1e-3, lr=lr) for lr in (2e-3, *SLOWER)),
+    *(dict(objective="hinton", options=(("scale", scale),), lr=lr) for scale, lr in ((0.3, 2e-3), (0.1, 3e-3), (0.05, 1e-2))),
+    weight_decay=(3e-4, 1e-4, 1e-3, 2e-3), lr=((1e-3, 5e-4, 2.5e-4), *SLOWER), peer=(0.1, 0.01)),
+
+# %% ../nbs/90_recipes.ipynb #288b9e41
+OF_SCFF = dict(  # options of the strategy, one of them changed at a time
+    thetas=(((4.0, 6.0), (2.0, 3.0)), ((6.0, 8.0), (1.0, 1.0)), ((2.0, 3.0), (1.0, 1.0)), ((4.0, 4.0), (1.0, 1.0)), ((5.0, 7.0), (1.0, 1.0)),
+            ((4.0, 7.0), (1.0, 1.0)), ((4.0, 6.0), (0.5, 0.5)), ((4.0, 6.0), (1.0, 2.0))), penalties=((1e-3, 1e-3), (0.0, 0.0), (3e-4, 0.0)), repair=(True,))
+SEARCHES["scff-mnist"] = {"lr": tuple(itertools.product((0.001, 0.003, 0.01), (0.0005, 0.002, 0.006))), "epochs": (20,)}, _one_by_one(
+    20, dict(batch_size=200, lr=(0.006, 0.004)), dict(epochs=29), batch_size=(50, 200), weight_decay=(0.0, 1e-3, 1e-2), lr_schedule=("cool_down",),
+    lr=((0.004, 0.002), (0.002, 0.002), (0.003, 0.001), (0.003, 0.003)),
+    strategy_options=((("shift", 1),), (("shift", 3),), *((("shift", 2), (option, value)) for option, values in OF_SCFF.items() for value in values)))
+
+# %% ../nbs/90_recipes.ipynb #7eefe4af
 def _tuples(v):
     "Lists, which JSON knows, as the tuples that a recipe holds, inner ones too."
     return tuple(map(_tuples, v)) if isinstance(v, list) else v
 
 def stages(name):
-    """The stages of a recipe's search, a tuple of {field: values to try}: each starts from the best setting that the stages before it have found.
+    """The stages of a recipe's search, each a list of settings, {field: value}, to try beside the best setting that the stages before it have found.
 
     Raises ValueError for a recipe without a search.
     """
     _one_of(recipe(name).name, tuple(SEARCHES), "search")
     found = SEARCHES[name]
-    return found if isinstance(found, tuple) else (found,)
+    found = found if isinstance(found, tuple) else (found,)
+    return [[dict(zip(stage, values)) for values in itertools.product(*stage.values())] if isinstance(stage, dict) else list(stage) for stage in found]
 
 def validation_error(row):
     "A row's error in % on the validation images: the mean over its read-outs (labels, trained head, probe of all upper layers or the last); 100 for a trial that diverged."
@@ -547,16 +587,15 @@ def _trial(trial, setting, seed, path, options):
 def tune(name, *, epochs=None, seed=0, folder=None, **options):
     """Try the settings of a recipe's search, stage by stage, and yield the row of each; rows that are there already are not made again.
 
-    epochs: of each trial; None takes 3 for recipes whose probes are ridges, all of the recipe's on digits, else 6. folder: rows are kept in its part
+    epochs: of each trial whose setting does not say; None takes 3 for recipes whose probes are ridges, all of the recipe's on digits, else 6. folder: rows are kept in its part
     `trials`; options: as in `run`. The test images are not read. Raises ValueError for a recipe without a search.
     """
     chosen, path, tried = recipe(name), results_folder(folder) / "trials" / f"{name}.jsonl", []
     epochs = epochs or (chosen.epochs if chosen.data == "digits" else 3 if chosen.probes == "ridge" else 6)
     for stage in stages(name):
         best = {key: _tuples(v) for key, v in min(tried, key=validation_error)["trial"].items()} if tried else {}
-        for values in itertools.product(*stage.values()):
-            setting = best | dict(zip(stage, values))
-            tried.append(_trial(replace(chosen, epochs=epochs, **setting), setting, seed, path, options))
+        for setting in (best | setting for setting in stage):
+            tried.append(_trial(replace(chosen, **dict(epochs=epochs) | setting), setting, seed, path, options))
             yield tried[-1]
 
 def trials(name, folder=None):

@@ -118,9 +118,9 @@ def _runs(path):
         _run(row, repr(str(path))[1:-1])
     return rows
 
-def published(recipe=None):
-    "The rows that come with the package: of one recipe, or all."
-    folder = Path(str(files("ff_research"))) / "published"
+def published(recipe=None, part=""):
+    "The rows that come with the package: of one recipe, or all. part: a folder beside them: \"replica\" holds the grid from a graphics card, \"bf16\" what was run again in that precision."
+    folder = Path(str(files("ff_research"))) / "published" / part
     paths = sorted(folder.glob("*.jsonl")) if recipe is None else [_file(folder, recipe)]
     return latest(row for path in paths for row in _runs(path))
 

@@ -212,7 +212,7 @@ class HardMiningStrategy(Strategy):
         p = torch.addmm(self.bias, f, self.weight).softmax(1)
         right = F.one_hot(y.long(), self.num_classes)
         # a network that diverges believes NaN: all wrong labels are alike then, and `train` stops at the end of the epoch
-        # to divide by exponential draws and take the largest is what torch.multinomial does, too, without making the processor wait
+        # the draw of torch.multinomial, without its look at the numbers, for which a processor would wait
         odds = (p.nan_to_num() + 1e-8) * (1 - right)
         wrong = (odds / torch.empty_like(odds).exponential_(generator=generator)).argmax(1)
         error, rate = (p - right) / len(y), self.lr / f.shape[1]
