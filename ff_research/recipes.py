@@ -196,7 +196,7 @@ RECIPES = {recipe.name: recipe for recipe in (
 # every strategy on the bundled digits, and its references: what `ff-research compare` runs
 DIGITS = replace(LOEWE, name="digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.003, target="")
 DIGITS_LR = dict(class_confusion=0.003, hard_mining=0.003, image_mixing=0.001, masking=0.001, random_noise=0.0003, layer_wise=0.0003,
-                 adversarial=0.0003, self_contrastive=0.001, mono_forward=0.03)
+                 adversarial=0.0003, self_contrastive=0.001, mono_forward=0.03, all_labels=0.03)
 RECIPES |= {recipe.name: recipe for recipe in (
     DIGITS, *(replace(DIGITS, name=f"digits-{name.replace('_', '-')}", strategy=name, lr=lr) for name, lr in DIGITS_LR.items()),
     replace(BACKPROP, name="backprop-digits", data="digits", widths=(300, 300), epochs=20, batch_size=50, lr=0.03, target=""),
@@ -207,7 +207,7 @@ GRID = Recipe("grid", "mnist", widths=(500,) * 3, objective="hinton", epochs=8, 
 OWN = dict(objective=None, peer=0.0, full_gradient=False)  # methods whose papers have an objective and a layer of their own
 for data, short in (("mnist", "mnist"), ("fashion_mnist", "fashion"), ("cifar10", "cifar10")):
     for name in STRATEGIES:
-        own = OWN if name in ("self_contrastive", "mono_forward") else {}
+        own = OWN if name in ("self_contrastive", "mono_forward", "all_labels") else {}
         RECIPES[f"{short}-{name.replace('_', '-')}"] = replace(GRID, name=f"{short}-{name.replace('_', '-')}", data=data, strategy=name, **own)
     for what, name in (("label", "label_embedding"), ("hard", "hard_mining"), ("mixing", "image_mixing")):  # a loss that lets go of pairs that are well apart
         known = f"{short}-{what}-swish"
@@ -256,6 +256,7 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "adversarial": ((0.001, 1000), (0.0003, 1000), (1e-05, 1000)),
     "self-contrastive": ((0.03, 0.003), (0.03, None), (0.01, None)),
     "mono-forward": ((0.1, None), (0.03, None), (0.01, 0.0)),
+    "all-labels": ((0.1, None), (0.1, None), (0.03, None)),
     "backprop": ((0.03, 0.0), (0.01, 0.0), (0.01, None)),
     "talk-alone": ((0.003, 250), (0.003, None), (0.001, 1000)),
     "talk-previous": ((0.01, 1000), (0.01, None), (0.001, 1000)),
@@ -283,6 +284,10 @@ for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
         name = f"{short}-{what}"
         option = {None: None, "hinton": "theta", "entropic": "epsilon"}.get(RECIPES[name].objective, "alpha")
+        if RECIPES[name].strategy == "all_labels":
+            more = {} if second is None else dict(strategy_options=(("alpha", second),))
+            RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
+            continue
         more = {} if second is None else dict(options=(*RECIPES[name].options, (option, second))) if option else dict(weight_decay=second)
         RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
 
@@ -302,7 +307,7 @@ LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 
 RUNGS = ((0, 0, 0), (0, -1, -1), (0, -1, -2), (0, 0, -1), (1, 0, -1), (1, 0, 0), (0, 1, 2), (0, 1, 1))  # of each layer, above or below one rate for all
 RATES = {  # what the searches for a rate of each layer found, as a place in RUNGS
     "label-embedding": (3, 0, 6), "class-confusion": (3, 0, 6), "hard-mining": (3, 0, 6), "image-mixing": (7, 3, 0), "masking": (0, 4, 2), "random-noise": (1, 0, 2),
-    "layer-wise": (7, 1, 4), "adversarial": (4, 5, 1), "self-contrastive": (2, 4, 1), "mono-forward": (0, 7, 7), "hard-swish": (2, 1, 0), "label-swish": (2, 2, 3), "mixing-swish": (3, 2, 0)}
+    "layer-wise": (7, 1, 4), "adversarial": (4, 5, 1), "self-contrastive": (2, 4, 1), "mono-forward": (0, 7, 7), "hard-swish": (2, 1, 0), "label-swish": (2, 2, 3), "mixing-swish": (3, 2, 0), "all-labels": (0, 0, 0)}
 
 def _rates_of(lr, place):
     "A rate for each layer, or one where all rungs are 0."
@@ -495,16 +500,16 @@ def run(recipe, seed=0, *, root=None, device="auto", precision="auto", checkpoin
 # %% ../nbs/90_recipes.ipynb #851a2538
 LR_SMALL, LR_LARGE = dict(lr=(0.003, 0.01, 0.03, 0.1, 0.3)), dict(lr=(0.1, 0.3, 1.0, 3.0, 10.0))
 LR_DIGITS = dict(lr=(0.0003, 0.001, 0.003, 0.01, 0.03))
-SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
+SEARCHES = {"backprop": LR_SMALL, "backprop-fashion": LR_SMALL, "backprop-digits": LR_SMALL, **{name: LR_SMALL if r.strategy == "all_labels" else LR_DIGITS for name, r in RECIPES.items() if r.data == "digits" and r.method == "ff"},
             "symba": LR_LARGE, "swish-symba": LR_LARGE, "backprop-2x2000": LR_SMALL, "backprop-4x2000": LR_SMALL, "mono-2x2000": LR_SMALL, "hinton-supervised": dict(lr=(0.01, 0.02, 0.04))}
 
 # the grid: four rates, then two more values of theta, or of the weight decay where there is no theta; six trials for everybody.
 # layers that talk: five rates, then three values, of epsilon for the entropic objective; eight trials
 LR_PAIRS = {"cifar10": (0.01, 0.03, 0.1, 0.3)}
 LR_SOFT = {"cifar10": (0.0003, 0.001, 0.003, 0.01)}  # Hinton's rates over the scale, for steps of the same size
-LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
+LR_GRID = {"cifar10": (0.00001, 0.00003, 0.0001, 0.0003)} | dict(self_contrastive=(0.01, 0.03, 0.1, 0.3), mono_forward=(0.01, 0.03, 0.1, 0.3), all_labels=(0.01, 0.03, 0.1, 0.3), backprop=(0.01, 0.03, 0.1, 0.3))
 LR_TALK = {"hinton": (0.0003, 0.001, 0.003, 0.01, 0.03), "entropic": (0.01, 0.03, 0.1, 0.3, 1.0), "symba": (0.1, 0.3, 1.0, 3.0, 10.0), None: (0.003, 0.01, 0.03, 0.1, 0.3)}
-SECOND = {"hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
+SECOND = {"all_labels": ("strategy_options", (("alpha", 16.0),), (("alpha", 64.0),)), "hinton": ("options", (("theta", 250),), (("theta", 1000),), (("theta", 2000),)), None: ("weight_decay", 0.0, 3e-3, 1e-3),
           "entropic": ("options", (("epsilon", 1e-2),), (("epsilon", 1e-4),), (("epsilon", 1e-1),)), "symba": ("options", (("alpha", 1),), (("alpha", 2),), (("alpha", 8),)),
           "swish_symba": ("options", (("alpha", 2),), (("alpha", 8),))}
 for name, r in RECIPES.items():
@@ -518,7 +523,7 @@ for name, r in RECIPES.items():
             rates = LR_PAIRS.get(r.data, (0.1, 0.3, 1.0, 3.0))
         else:
             rates = LR_GRID.get(r.strategy if r.method == "ff" else r.method, LR_GRID.get(r.data, (0.0003, 0.001, 0.003, 0.01)))
-        field, *others = SECOND["swish_symba" if r.objective == "symba" and not r.centred else r.objective]
+        field, *others = SECOND["all_labels" if r.strategy == "all_labels" else "swish_symba" if r.objective == "symba" and not r.centred else r.objective]
         others = [soft + other for other in others] if soft else others
         SEARCHES[name] = {"lr": rates, field: (soft or getattr(TALK if r.centred else GRID, field),)}, {field: tuple(others if r.centred else others[:2])}
 

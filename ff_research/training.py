@@ -333,9 +333,9 @@ class _Meter:
         self.sums, self.steps = torch.zeros(layers, 4, device=device), 0
 
     def add(self, layer, loss, g, positives):
-        "One step of one layer: the loss and the goodness `[2 x batch]`."
+        "One step of one layer: the loss and the goodness `[streams x batch]`, positives first."
         g_pos, g_neg = g[:positives], g[positives:]
-        pairs = (g_pos > g_neg).float().mean() if len(g_neg) == positives else loss.new_full((), float("nan"))
+        pairs = (g_pos > g_neg.view(-1, positives)).float().mean() if len(g_neg) else loss.new_full((), float("nan"))
         self.sums[layer] += torch.stack([loss.float(), pairs, g_pos.mean(), g_neg.mean() if len(g_neg) else pairs])
 
     def read(self, epoch, seconds, first=0):
@@ -728,6 +728,8 @@ def _check_schedule(strategy, schedule, epochs, collaboration, rounds):
         raise ValueError(f"rounds={rounds}: expected 1, or with schedule='greedy' a divisor of epochs={epochs}")
     if schedule == "greedy" and strategy.redraws_between:
         raise ValueError(f"{strategy.name} draws negatives between layers, which the greedy schedule cannot do; take schedule='together'")
+    if schedule == "greedy" and strategy.many_negatives:
+        raise ValueError(f"{strategy.name} shows a layer several negatives of an image at once, which the greedy schedule cannot do; take schedule='together'")
     if collaboration is not None and strategy.redraws_between:
         raise ValueError(f"{strategy.name} draws negatives between layers, so the layers' goodness belongs to different ones; take collaboration=None")
     if collaboration is not None and not strategy.has_negatives:
@@ -836,7 +838,7 @@ class _Pairwise(_Backprop):
 def _pairwise_objective(network, strategy, objective):
     "The objective for the goodness of all layers together. Raises ValueError where there is none."
     objective = objective if objective is not None else strategy.objective(network.layers[-1].units, len(network.layers))
-    if strategy.redraws_between or not strategy.has_negatives:
+    if strategy.redraws_between or strategy.many_negatives or not strategy.has_negatives:
         raise ValueError(f"{strategy.name} gives no pairs of a positive and a negative that pass through all layers; take another strategy")
     if not getattr(objective, "_reads_squares", False) or list(objective.parameters()):
         raise ValueError(f"{objective} cannot be read off the sum of all layers' goodness; take one of the sum of squares, hinton() say")
