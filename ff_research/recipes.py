@@ -256,7 +256,7 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "adversarial": ((0.001, 1000), (0.0003, 1000), (1e-05, 1000)),
     "self-contrastive": ((0.03, 0.003), (0.03, None), (0.01, None)),
     "mono-forward": ((0.1, None), (0.03, None), (0.01, 0.0)),
-    "all-labels": ((0.1, None), (0.1, None), (0.03, None)),
+    "all-labels": ((0.3, 16.0), (0.1, None), (0.03, None)),
     "backprop": ((0.03, 0.0), (0.01, 0.0), (0.01, None)),
     "talk-alone": ((0.003, 250), (0.003, None), (0.001, 1000)),
     "talk-previous": ((0.01, 1000), (0.01, None), (0.001, 1000)),
@@ -282,14 +282,15 @@ for name, like in (("ff", "alone"), ("backprop", "backprop"), ("pairwise", "pair
             FOUND.setdefault(f"{task}-{name}", FOUND[f"talk-{like}"][:3 if f"cifar10-{task}-{name}" in RECIPES else 1])
 for what, settings in FOUND.items():
     for short, (lr, second) in zip(("mnist", "fashion", "cifar10"), settings):
-        name = f"{short}-{what}"
-        option = {None: None, "hinton": "theta", "entropic": "epsilon"}.get(RECIPES[name].objective, "alpha")
-        if RECIPES[name].strategy == "all_labels":
-            more = {} if second is None else dict(strategy_options=(("alpha", second),))
-            RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
-            continue
-        more = {} if second is None else dict(options=(*RECIPES[name].options, (option, second))) if option else dict(weight_decay=second)
-        RECIPES[name] = replace(RECIPES[name], lr=lr, **more)
+        known = RECIPES[f"{short}-{what}"]
+        option = {None: None, "hinton": "theta", "entropic": "epsilon"}.get(known.objective, "alpha")
+        if second is None:
+            more = {}
+        elif known.strategy == "all_labels":
+            more = dict(strategy_options=(("alpha", second),))
+        else:
+            more = dict(options=(*known.options, (option, second))) if option else dict(weight_decay=second)
+        RECIPES[known.name] = replace(known, lr=lr, **more)
 
 for mode in ("alone", "previous", "all"):  # with the settings of three layers and eight epochs: other depths, and longer
     three = RECIPES[f"mnist-talk-{mode}"]

@@ -746,6 +746,7 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     layers) or "greedy" (layer after layer, `epochs` each, in `rounds` equal parts). collaboration: whose goodness each layer
     adds to its own, None, "all" other layers' or the "previous" ones'. lr: one rate, or one a layer. lr_schedule: "cool_down" or "constant".
     optimizer: "sgd" (momentum 0.9) or "adamw". precision: of the matrix products, "auto", "fp32" or "bf16"; goodness is always float32.
+    On CUDA the step is recorded once an epoch and played back, so what an objective or `between` does in Python is done only then.
     after_epoch: called with the epoch (from 0) and the network after each epoch, to measure or draw what the history does not hold.
     checkpoint: a path; the run's state is kept there after each epoch, and a run that finds it goes on from there.
     Raises ValueError for unknown names, settings out of range or images that do not fit, `Diverged` for a loss that is not finite.

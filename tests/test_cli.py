@@ -153,14 +153,14 @@ def small(monkeypatch):
 @pytest.mark.parametrize("seeds", ["1", "2"])
 def test_compare(seeds, small, shell, folder):
     code, out, err = shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "new/figure.png")
-    assert code == 0 and "100%" in err and f"{13 * int(seeds)}/{13 * int(seeds)}" in err
+    assert code == 0 and "100%" in err and f"{14 * int(seeds)}/{14 * int(seeds)}" in err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert tuple(table) == cli.COMPARED and {line["seeds"] for line in table.values()} == {seeds}
     known = {name: [line[key] != "n/a" for key in ("per-label goodness", "trained head", "linear probe")] for name, line in table.items()}
     of = {name: recipes.RECIPES[name] for name in table}
     assert known == {name: [r.method == "ff" and STRATEGIES[r.strategy].contrasts_labels, r.method == "backprop", True] for name, r in of.items()}
-    assert sorted(r.strategy for r in of.values() if r.method == "ff") == sorted(STRATEGIES) and sum(known[name][0] for name in of) == 3
+    assert sorted(r.strategy for r in of.values() if r.method == "ff") == sorted(STRATEGIES) and sum(known[name][0] for name in of) == 4
     assert all(("±" in line["linear probe"]) == (seeds == "2") for line in table.values())
     assert (folder / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     before = {path.name: path.read_bytes() for path in (folder / "results").glob("*.jsonl")}

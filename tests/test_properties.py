@@ -24,7 +24,7 @@ from ff_research.training import SCHEDULES, Workspace, _Learner, train, train_ba
 CPU = dict(precision="fp32", device="cpu")
 QUIET = CPU | dict(progress=False)
 NAMES = list(STRATEGIES)
-COPES = ("label_embedding", "hard_mining", "adversarial", "mono_forward")  # with a batch of one
+COPES = ("label_embedding", "hard_mining", "adversarial", "mono_forward", "all_labels")  # with a batch of one
 
 each = pytest.mark.parametrize("name", NAMES)
 

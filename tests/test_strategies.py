@@ -4,18 +4,20 @@ import json
 import pytest
 import torch
 
+from ff_research import strategies
 from ff_research.data import Images
 from ff_research.labels import overlay
 from ff_research.layers import Network, add_product_gradient, normalise, product
 from ff_research.strategies import (STRATEGIES, LabelEmbeddingStrategy, MaskingStrategy, Paired, PlainPositives, Strategy, blur_matrix, blurred_masks,
                                     make_strategy, other_class, partners, register, shifted, unlike)
-from ff_research.training import train
+from ff_research.readout import label_goodness
+from ff_research.training import train, train_backprop
 
 TEN = ["label_embedding", "class_confusion", "hard_mining", "image_mixing", "masking", "random_noise", "layer_wise", "adversarial", "self_contrastive", "mono_forward"]
 WITH = [name for name in TEN if STRATEGIES[name].has_negatives]
 QUIET = dict(lr=3e-3, optimizer="adamw", precision="fp32", device="cpu", progress=False)
 
-each = pytest.mark.parametrize("name", TEN)
+each = pytest.mark.parametrize("name", [*TEN, "all_labels"])
 each_with_negatives = pytest.mark.parametrize("name", WITH)
 
 
@@ -24,7 +26,7 @@ def seeded(seed=0):
 
 
 def test_registry():
-    assert sorted(STRATEGIES) == sorted(TEN)
+    assert sorted(strategies.TEN) == sorted(TEN) and list(STRATEGIES) == [*strategies.TEN, "all_labels"]
     assert [name for name in TEN if STRATEGIES[name].contrasts_labels] == TEN[:3]
     assert all(cls.name == name and cls.__doc__ for name, cls in STRATEGIES.items())
 
@@ -58,7 +60,7 @@ def test_promises(name, shape, dtype):
     positive = strategy.create_positive(x, y)
     streams = strategy.streams(x, y, network, seeded())
     assert positive.shape == x.shape and positive.dtype == torch.float32
-    assert (streams.rows if not isinstance(streams, torch.Tensor) else len(streams)) == len(x) * (1 + strategy.has_negatives)
+    assert (streams.rows if not isinstance(streams, torch.Tensor) else len(streams)) == len(x) * (classes if strategy.many_negatives else 1 + strategy.has_negatives)
     assert positive.data_ptr() != x.data_ptr()
     if strategy.has_negatives:
         for asked in (network, None):
@@ -93,7 +95,7 @@ def test_no_two_strategies_are_one(digits):
 
 # Odd batches
 
-COPES = ("label_embedding", "hard_mining", "adversarial")  # with blank images and with a single one
+COPES = ("label_embedding", "all_labels", "hard_mining", "adversarial")  # with blank images and with a single one
 
 
 @each_with_negatives
@@ -346,7 +348,7 @@ def test_train_leaves_torchs_generator_and_the_images_alone(name, digits):
 def test_greedy(name, digits):
     strategy, network = make_strategy(name, 10), Network([64, 20, 20])
     before = network.layers[0].weight.detach().clone()
-    if strategy.redraws_between:
+    if strategy.redraws_between or strategy.many_negatives:
         with pytest.raises(ValueError, match=f"{name} .*greedy.*together"):
             train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)
         assert torch.equal(network.layers[0].weight, before)
@@ -354,7 +356,7 @@ def test_greedy(name, digits):
         assert len(train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)) == 2
 
 
-@pytest.mark.parametrize("name", TEN)
+@each
 def test_bf16_trains(name, digits):
     history = train(Network([64, 40, 40]), digits, make_strategy(name, 10), epochs=1, **QUIET | dict(precision="bf16"))
     assert all(loss == loss for loss in history.column("loss")[-1])
@@ -449,3 +451,33 @@ def test_scff_with_views_pairs_two_views_of_one_image_and_learns(digits):
     assert history.epochs[-1]["loss"][0] < history.epochs[0]["loss"][0]
     with pytest.raises(ValueError, match="shift=8"):
         train(network, digits, make_strategy("self_contrastive", 10, shift=8), epochs=1, **QUIET)
+
+
+# All labels at once
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_all_labels_is_the_cross_entropy_of_the_read_out(classes, digits):
+    "Its loss is that of a softmax classifier whose logits are alpha times the goodness under every label, and its streams hold every label once."
+    x, y = digits.x_train[:40], digits.y_train[:40] % classes
+    strategy, network = make_strategy("all_labels", classes, alpha=7.0), Network([64, 30])
+    h = network.layers[0](network.prepare(strategy.streams(x, y)))
+    loss, g = strategy.objective(30)(h, y)
+    goodness = label_goodness(network, x, classes, first=1, precision="fp32", device="cpu")
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(7.0 / 30 * goodness, y), atol=1e-5)
+    assert torch.allclose(30 * g[:40], goodness[torch.arange(40), y], rtol=1e-4) and len(g) == classes * 40
+
+
+def test_all_labels_reports_the_share_of_all_pairs(digits):
+    strategy, network = make_strategy("all_labels", 10), Network([64, 30])
+    few = Images("few", digits.x_train[:60], digits.y_train[:60], digits.x_test, digits.y_test, 10)
+    seen = train(network, few, strategy, epochs=1, batch_size=60, **QUIET | dict(lr=0.0)).epochs[0]["separation"][0]
+    g = label_goodness(network, few.x_train, 10, first=1, precision="fp32", device="cpu")
+    own = g[torch.arange(60), few.y_train]
+    assert seen == pytest.approx(((own[:, None] > g).sum() / (9 * 60)).item(), abs=2e-3)
+
+
+def test_all_labels_with_layers_that_talk(digits):
+    history = train(Network([64, 30, 30]), digits, make_strategy("all_labels", 10), epochs=2, collaboration="all", **QUIET)
+    assert history.epochs[-1]["separation"][0] > 0.8
+    with pytest.raises(ValueError, match="all_labels gives no pairs"):
+        train_backprop(Network([64, 20, 20]), digits, 1, strategy=make_strategy("all_labels", 10), precision="fp32", device="cpu", progress=False)
