@@ -256,7 +256,7 @@ FOUND = {  # what the searches found on MNIST, Fashion-MNIST and CIFAR-10: (lr, 
     "adversarial": ((0.001, 1000), (0.0003, 1000), (1e-05, 1000)),
     "self-contrastive": ((0.03, 0.003), (0.03, None), (0.01, None)),
     "mono-forward": ((0.1, None), (0.03, None), (0.01, 0.0)),
-    "all-labels": ((0.3, 16.0), (0.1, None), (0.03, None)),
+    "all-labels": ((0.3, 16.0), (0.03, None), (0.03, None)),
     "backprop": ((0.03, 0.0), (0.01, 0.0), (0.01, None)),
     "talk-alone": ((0.003, 250), (0.003, None), (0.001, 1000)),
     "talk-previous": ((0.01, 1000), (0.01, None), (0.001, 1000)),
@@ -308,7 +308,7 @@ LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 
 RUNGS = ((0, 0, 0), (0, -1, -1), (0, -1, -2), (0, 0, -1), (1, 0, -1), (1, 0, 0), (0, 1, 2), (0, 1, 1))  # of each layer, above or below one rate for all
 RATES = {  # what the searches for a rate of each layer found, as a place in RUNGS
     "label-embedding": (3, 0, 6), "class-confusion": (3, 0, 6), "hard-mining": (3, 0, 6), "image-mixing": (7, 3, 0), "masking": (0, 4, 2), "random-noise": (1, 0, 2),
-    "layer-wise": (7, 1, 4), "adversarial": (4, 5, 1), "self-contrastive": (2, 4, 1), "mono-forward": (0, 7, 7), "hard-swish": (2, 1, 0), "label-swish": (2, 2, 3), "mixing-swish": (3, 2, 0), "all-labels": (0, 0, 0)}
+    "layer-wise": (7, 1, 4), "adversarial": (4, 5, 1), "self-contrastive": (2, 4, 1), "mono-forward": (0, 7, 7), "hard-swish": (2, 1, 0), "label-swish": (2, 2, 3), "mixing-swish": (3, 2, 0), "all-labels": (1, 5, 7)}
 
 def _rates_of(lr, place):
     "A rate for each layer, or one where all rungs are 0."
