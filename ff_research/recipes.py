@@ -318,6 +318,8 @@ for what, found in RATES.items():
     for short, place in zip(("mnist", "fashion", "cifar10"), found):
         known = RECIPES[f"{short}-{what}"]
         RECIPES[f"{known.name}-rates"] = replace(known, name=f"{known.name}-rates", lr=_rates_of(known.lr, place))
+        if epochs := {"hard-swish": 13, "mono-forward": 18}.get(what):  # about as many seconds as all_labels takes for its eight
+            RECIPES[f"{known.name}-rates-long"] = replace(RECIPES[f"{known.name}-rates"], name=f"{known.name}-rates-long", epochs=epochs)
 
 # %% ../nbs/90_recipes.ipynb #c7cca8ba
 def recipe(name):
