@@ -66,7 +66,7 @@ def list_():
     width = max(map(len, recipes.RECIPES))
     for name, r in recipes.RECIPES.items():
         shape = " x ".join(map(str, r.widths)) or "no network"
-        typer.echo(f"{name:{width}}  {r.data}{f' ({r.pretext})' if r.pretext else ''}, {shape}, {r.method}, {r.epochs} epochs{'; target ' + r.target if r.target else ''}")
+        typer.echo(f"{name:{width}}  {r.data}{f' ({r.pretext})' if r.pretext else ''}, {shape}, {r.method}, {r.length} epochs{'; target ' + r.target if r.target else ''}")
 
 # %% ../nbs/93_cli.ipynb #5e851543
 @app.command(epilog="Examples: ff-research data · ff-research data mnist · ff-research data my_images.npz")

@@ -16,9 +16,10 @@ import math
 import os
 import time
 import zlib
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import torch
@@ -421,7 +422,8 @@ def read_checkpoint(path, settings):
     if differing:
         raise ValueError(f"{where} belongs to another run: {'; '.join(differing[:5])}{'; and more' if differing[5:] else ''}")
     turns = len({name.split(".")[1] for name in tensors if name.startswith("layer.")}) if settings.get("schedule") == "greedy" else 1
-    if not (0 <= epoch <= settings["epochs"] * turns and _is_history(epochs, epoch)):
+    most = sum(settings["epochs"]) if isinstance(settings["epochs"], list) else settings["epochs"] * turns
+    if not (0 <= epoch <= most and _is_history(epochs, epoch)):
         raise ValueError(f"{where}: damaged, its history is not that of the {_shown(epoch, 60)} epochs it claims; move it away to start afresh")
     return epoch, tensors, History(epochs)
 
@@ -588,18 +590,18 @@ class _Recorded:
 
 
 # %% ../nbs/05_training.ipynb #db99eb4e
-def _together(network, learners, images, strategy, batch_size, generator, dtype, factor, collaboration=None):
-    "An epoch of the schedule in which each batch trains every layer; `factor(epoch)` multiplies the lr."
+def _together(network, learners, images, strategy, batch_size, generator, dtype, factor, epochs, collaboration=None):
+    "An epoch of the schedule in which each batch trains every layer; `factor(epoch, epochs)` multiplies the lr."
     inputs, step = getattr(network.layers[0], "inputs", None), _Recorded(generator)
 
     def one_epoch(epoch):
-        start, meter = time.perf_counter(), _Meter(len(learners), generator.device)
+        start, meter, rate = time.perf_counter(), _Meter(len(learners), generator.device), factor(epoch, epochs)
 
         def learn(h, y):
             if collaboration == "all":
-                learned = _after_hearing_all(learners, h, y, factor(epoch))
+                learned = _after_hearing_all(learners, h, y, rate)
             else:
-                learned = _in_passing(learners, h, y, factor(epoch), strategy, generator, collaboration)
+                learned = _in_passing(learners, h, y, rate, strategy, generator, collaboration)
             for i, (loss, g) in enumerate(learned):
                 meter.add(i, loss, g, len(y))
 
@@ -634,14 +636,22 @@ def _pushed(network, learners, inputs, dtype, heard=False):
         gamma.append(torch.zeros(len(y), device=y.device) + total)
     return torch.cat(out), torch.cat(gamma)
 
+def _redrawn(network, learners, x, y, strategy, generator, dtype):
+    "What frozen layers hand on for a batch whose streams are drawn here, by a strategy that has a hand in between layers or many negatives."
+    h = prepare(strategy.streams(x, y, network, generator), getattr(network.layers[0], "inputs", None), dtype, network.triangle)
+    for i, learner in enumerate(learners, start=1):
+        h = strategy.between(learner.hand_on(*learner.activity(h)), y, i, generator)
+    return h
+
 # %% ../nbs/05_training.ipynb #2c6981d6
 def _greedy(network, learners, images, strategy, batch_size, generator, dtype, factor, epochs, collaboration=None, rounds=1):
-    """An epoch of the schedule that trains layer after layer, `epochs` each, in `rounds` equal parts.
+    """An epoch of the schedule that trains layer after layer, each for as many `epochs` as the list says, in `rounds` equal parts.
 
     What the frozen layers below make of the positives is computed once for each visit to a layer; of the negatives, which
-    are drawn anew, once an epoch.
+    are drawn anew, once an epoch. Where a strategy redraws between layers or has many negatives, every batch climbs for itself.
     """
-    cache, part = {}, epochs // rounds
+    cache, parts, redraws = {}, [n // rounds for n in epochs], strategy.redraws_between or strategy.many_negatives
+    ends = list(accumulate(parts))
 
     def streams(make, *more):
         for rows in torch.arange(len(images.y_train), device=generator.device).tensor_split(-(-len(images.y_train) // 5000)):
@@ -649,17 +659,21 @@ def _greedy(network, learners, images, strategy, batch_size, generator, dtype, f
             yield make(x, y, *more), y
 
     def one_epoch(step):
-        visit, epoch = divmod(step, part)
-        turn, depth = divmod(visit, len(learners))
-        start, meter, learner, rate = time.perf_counter(), _Meter(1, generator.device), learners[depth], factor(turn * part + epoch)
+        turn, step = divmod(step, ends[-1])
+        depth = bisect_right(ends, step)
+        visit, epoch = (turn, depth), turn * parts[depth] + step - ends[depth] + parts[depth]
+        start, meter, learner, rate = time.perf_counter(), _Meter(1, generator.device), learners[depth], factor(epoch, epochs[depth])
         below, above = learners[:depth], learners[depth + 1:] if collaboration == "all" else []
-        if cache.get("visit") != visit:
+        if cache.get("visit") != visit and not redraws:
             cache.update(visit=visit, positive=_pushed(network, below, streams(strategy.create_positive), dtype, collaboration))
-        negative = _pushed(network, below, streams(strategy.generate, network, generator), dtype, collaboration) if strategy.has_negatives else None
+        negative = _pushed(network, below, streams(strategy.generate, network, generator), dtype, collaboration) if strategy.has_negatives and not redraws else None
         for batch in _batches(len(images.y_train), batch_size, generator):
             y = images.y_train[batch]
-            h, gamma = (torch.cat([stream[batch] for stream in both if stream is not None]) for both in zip(cache["positive"], negative or (None, None)))
-            gamma = gamma if collaboration else 0.0
+            if redraws:
+                h, gamma = _redrawn(network, below, images.x_train[batch], y, strategy, generator, dtype), 0.0
+            else:
+                h, gamma = (torch.cat([stream[batch] for stream in both if stream is not None]) for both in zip(cache["positive"], negative or (None, None)))
+                gamma = gamma if collaboration else 0.0
             if above:
                 activity, squares = learner.activity(h)
                 gamma = gamma + _climb(above, hand_on(learner.twin, h, activity, squares), y)[1]
@@ -704,6 +718,13 @@ def _per_layer(lr, layers):
         raise ValueError(f"lr={lr!r}: expected one rate >= 0, or one for each of the {layers} layers")
     return rates
 
+def _epochs_of_each(epochs, layers, schedule):
+    "The number of epochs of each layer, where the greedy schedule may give them different ones."
+    several = isinstance(epochs, (list, tuple))
+    if several and (schedule != "greedy" or len(epochs) != layers):
+        raise ValueError(f"epochs={epochs!r}: expected one number, or with schedule='greedy' one for each of the {layers} layers")
+    return list(epochs) if several else [epochs] * layers
+
 def _told(after_epoch, network):
     "A caller's function of epoch and network, as a function of the epoch."
     return after_epoch and (lambda epoch: after_epoch(epoch, network))
@@ -719,17 +740,15 @@ def _objectives(network, strategy, objective, device):
         new.load_state_dict(network.objectives.state_dict())
     return new
 
-def _check_schedule(strategy, schedule, epochs, collaboration, rounds):
+def _check_schedule(strategy, schedule, each, collaboration, rounds):
     "Raise ValueError for a schedule or a collaboration that does not exist, or that the strategy cannot do."
     _one_of(schedule, SCHEDULES, "schedule")
     if collaboration is not None:
         _one_of(collaboration, COLLABORATIONS, "collaboration")
-    if rounds != 1 and (schedule != "greedy" or rounds < 1 or epochs % rounds):
-        raise ValueError(f"rounds={rounds}: expected 1, or with schedule='greedy' a divisor of epochs={epochs}")
-    if schedule == "greedy" and strategy.redraws_between:
-        raise ValueError(f"{strategy.name} draws negatives between layers, which the greedy schedule cannot do; take schedule='together'")
-    if schedule == "greedy" and strategy.many_negatives:
-        raise ValueError(f"{strategy.name} shows a layer several negatives of an image at once, which the greedy schedule cannot do; take schedule='together'")
+    if rounds != 1 and (schedule != "greedy" or rounds < 1 or any(n % rounds for n in each)):
+        raise ValueError(f"rounds={rounds}: expected 1, or with schedule='greedy' a divisor of epochs={each if len(set(each)) > 1 else each[0]}")
+    if schedule == "greedy" and strategy.many_negatives and collaboration is not None:
+        raise ValueError(f"{strategy.name} shows a layer several negatives of an image at once, whose goodness the greedy schedule does not pass on; take collaboration=None")
     if collaboration is not None and strategy.redraws_between:
         raise ValueError(f"{strategy.name} draws negatives between layers, so the layers' goodness belongs to different ones; take collaboration=None")
     if collaboration is not None and not strategy.has_negatives:
@@ -743,7 +762,7 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
 
     images: `Images`, whose training part is used; strategy: makes positives and negatives; seed: of batches and negatives.
     objective: a local objective to take in the place of the strategy's, or a list with one a layer. schedule: "together" (each batch trains all
-    layers) or "greedy" (layer after layer, `epochs` each, in `rounds` equal parts). collaboration: whose goodness each layer
+    layers) or "greedy" (layer after layer, `epochs` each, or one number a layer, in `rounds` equal parts). collaboration: whose goodness each layer
     adds to its own, None, "all" other layers' or the "previous" ones'. lr: one rate, or one a layer. lr_schedule: "cool_down" or "constant".
     optimizer: "sgd" (momentum 0.9) or "adamw". precision: of the matrix products, "auto", "fp32" or "bf16"; goodness is always float32.
     On CUDA the step is recorded once an epoch and played back, so what an objective or `between` does in Python is done only then.
@@ -753,8 +772,9 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         _one_of(name, known, what)
-    _check_schedule(strategy, schedule, epochs, collaboration, rounds)
-    _check(images, network, epochs, batch_size, strategy)
+    each = _epochs_of_each(epochs, len(network.layers), schedule)
+    _check_schedule(strategy, schedule, each, collaboration, rounds)
+    _check(images, network, min(each), batch_size, strategy)
     device = best_device(device)
     precision = best_precision(precision, device)
     dtype, images, network = PRECISIONS[precision], images.to(device), network.to(device)
@@ -771,11 +791,11 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     # strategies that ask the network get one of the same low precision as its products
     asked = Network([learner.twin for learner in learners])
     strategy.begin(asked)
-    arguments = asked, learners, images, strategy, batch_size, generator, dtype, lambda epoch: LR_SCHEDULES[lr_schedule](epoch, epochs)
-    one_epoch = _together(*arguments, collaboration) if schedule == "together" else _greedy(*arguments, epochs, collaboration, rounds)
+    arguments = asked, learners, images, strategy, batch_size, generator, dtype, LR_SCHEDULES[lr_schedule]
+    one_epoch = _together(*arguments, epochs, collaboration) if schedule == "together" else _greedy(*arguments, each, collaboration, rounds)
     live = {f"layer.{i}.{name}": t for i, learner in enumerate(learners) for name, t in learner.tensors().items()}
     live |= {f"strategy.{name}": t for name, t in strategy.tensors().items()}
-    return _loop(epochs * (1 if schedule == "together" else len(learners)), one_epoch, live, lambda: [learner.refresh() for learner in learners],
+    return _loop(epochs if schedule == "together" else sum(each), one_epoch, live, lambda: [learner.refresh() for learner in learners],
                  generator, json.loads(json.dumps(settings)), checkpoint, progress, _told(after_epoch, network))
 
 # %% ../nbs/05_training.ipynb #cd30bb10
@@ -859,7 +879,7 @@ def train_backprop(network, images, epochs=20, seed=0, *, lr=0.03, lr_schedule="
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         _one_of(name, known, what)
-    _check(images, network, epochs, batch_size, strategy)
+    _check(images, network, min(_epochs_of_each(epochs, len(network.layers), "together")), batch_size, strategy)
     if any(getattr(layer, "full_gradient", False) for layer in network.layers):
         raise ValueError("the network has full_gradient=True, which is for one layer's own loss; backpropagation needs the gradient that there is: build it without")
     if strategy is not None:

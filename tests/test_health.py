@@ -231,7 +231,7 @@ NEEDS_OTHERS = ("class_confusion", "image_mixing", "masking", "random_noise", "l
 def test_images_that_say_little(name, kind):
     "Training is healthy or says what is wrong; and nothing depends on which of the two schedules runs."
     images = data(IMAGES[kind])
-    for schedule in SCHEDULES[:1 if STRATEGIES[name].redraws_between or STRATEGIES[name].many_negatives else None]:
+    for schedule in SCHEDULES:
         if kind in FLAT and name in NEEDS_OTHERS:
             with pytest.raises(ValueError, match="is it blank, or are the images all the same"):
                 run(name, images, schedule=schedule)

@@ -494,9 +494,19 @@ def test_options_of_the_strategy_a_rate_for_each_layer_and_joined_layers():
     assert row["weights"] != plain["weights"] and "strategy_options" not in plain["config"]
 
 
+def test_epochs_for_each_layer(tmp_path):
+    own = Recipe("own", "digits", widths=(20, 20), strategy="self_contrastive", epochs=(2, 1), schedule="greedy", lr=(0.003, 0.002), optimizer="adamw", probes="ridge", joined=1)
+    assert own.length == "2 + 1" and replace(own, epochs=3).length == "3"
+    row = run(own, 0, progress=False, checkpoint=tmp_path / "run.safetensors")
+    assert row["config"]["epochs"] == [2, 1] and [len(epoch) for epoch in row["curves"]["loss"]] == [1, 1, 1]
+    assert run(own, 0, progress=False, checkpoint=tmp_path / "run.safetensors")["weights"] == row["weights"] != run(replace(own, epochs=(2, 2)), 0, progress=False)["weights"]
+
+
 @pytest.mark.parametrize("change, words", [(dict(strategy_options=(("shfit", 2),)), "has no option 'shfit'; it has thetas"), (dict(strategy_options=("shift",)), "pairs"),
                                            (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(lr=(0.1, 0.1)), "needs method='ff' and 3 of them"),
                                            (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0"),
+                                           (dict(epochs=()), "a tuple with one for each layer"), (dict(epochs=(1, 1.5, 2)), "a tuple with one for each layer"), (dict(epochs=(1, 1, 1)), "schedule='greedy'"),
+                                           (dict(epochs=(1, 1), schedule="greedy"), "and 3 of them"), (dict(epochs=(1, 1, 1), schedule="greedy", method="backprop"), "need method='ff'"),
                                            *((dict(full_gradient=True, method=method), "the gradient that there is") for method in ("backprop", "pairwise"))])
 def test_bad_options_of_a_recipe(change, words):
     with pytest.raises(ValueError, match=re.escape(words)):

@@ -22,6 +22,7 @@ EPOCHS, BATCHES = 4, 15  # of digits, in batches of 100
 RUNS = {
     "together": dict(method="train", seed=7, objective=None),
     "greedy": dict(method="train", seed=7, schedule="greedy", optimizer="adamw"),
+    "redrawn": dict(method="train", seed=7, schedule="greedy", optimizer="adamw", epochs=(1, 3), strategy="self_contrastive"),
     "bf16": dict(method="train", seed=7, precision="bf16", optimizer="adamw"),
     "backprop": dict(method="train_backprop", seed=7),
 }
@@ -30,10 +31,10 @@ RUNS = {
 def run(name, checkpoint=None, strategy=None):
     "One of the runs above: its weights, what peer normalisation remembers, and its history without the seconds."
     options = dict(epochs=EPOCHS, checkpoint=checkpoint, progress=False, device="cpu", precision="fp32") | RUNS[name]
-    forward = options.pop("method") == "train"
+    forward, strategy = options.pop("method") == "train", strategy or STRATEGIES[options.pop("strategy", "label_embedding")](10)
     network = Network([64, 40, 40], peer=0.03, full_gradient=forward)
     if forward:
-        history = train(network, load("digits"), strategy or LABELS(10), **options)
+        history = train(network, load("digits"), strategy, **options)
     else:
         history = train_backprop(network, load("digits"), **options)
     return network.state_dict(), [epoch | dict(seconds=0) for epoch in history.epochs]
@@ -89,6 +90,7 @@ def unbroken():
     ("together", "step", 2 * (3 * BATCHES + 4) + 1, 3),     # in the last, between two layers of one batch
     ("together", "write", 2, 1),                            # while the second epoch is being written
     ("greedy", "step", EPOCHS * BATCHES + 2 * BATCHES + 3, EPOCHS + 2),  # in the second layer
+    ("redrawn", "step", 2 * BATCHES + 3, 2),
     ("bf16", "step", 2 * (2 * BATCHES + 9), 2),
     ("backprop", "step", 2 * BATCHES + 1, 2),
 ])

@@ -347,13 +347,28 @@ def test_train_leaves_torchs_generator_and_the_images_alone(name, digits):
 @each
 def test_greedy(name, digits):
     strategy, network = make_strategy(name, 10), Network([64, 20, 20])
-    before = network.layers[0].weight.detach().clone()
-    if strategy.redraws_between or strategy.many_negatives:
-        with pytest.raises(ValueError, match=f"{name} .*greedy.*together"):
-            train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)
-        assert torch.equal(network.layers[0].weight, before)
-    else:
-        assert len(train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)) == 2
+    assert len(train(network, digits, strategy, epochs=1, schedule="greedy", **QUIET)) == 2
+    first = Network([64, 20])
+    train(first, digits, make_strategy(name, 10), epochs=1, schedule="greedy", **QUIET)
+    assert torch.equal(first.layers[0].weight, network.layers[0].weight)
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.redraws_between or strategy.many_negatives])
+@pytest.mark.parametrize("triangle", [False, True])
+def test_a_frozen_layer_is_one_whose_rate_is_0(name, triangle, digits):
+    "No epoch for the first layer and three for the second: what both layers do together if the first one's rate is 0."
+    options = QUIET | dict(weight_decay=0.0, seed=3)
+    one, other = (Network([64, 20, 20], triangle=triangle) for _ in range(2))
+    train(one, digits, make_strategy(name, 10), epochs=(0, 3), schedule="greedy", **options | dict(lr=0.01))
+    train(other, digits, make_strategy(name, 10), epochs=3, **options | dict(lr=(0.0, 0.01)))
+    start = Network([64, 20, 20], triangle=triangle)
+    assert torch.equal(one.layers[0].weight, start.layers[0].weight) and not torch.equal(one.layers[1].weight, start.layers[1].weight)
+    assert all(torch.equal(a, b) for a, b in zip(one.layers.parameters(), other.layers.parameters()))
+
+
+def test_many_negatives_are_not_heard_by_frozen_layers(digits):
+    with pytest.raises(ValueError, match="all_labels .*several negatives.*collaboration=None"):
+        train(Network([64, 20, 20]), digits, make_strategy("all_labels", 10), epochs=1, schedule="greedy", collaboration="all", **QUIET)
 
 
 @each

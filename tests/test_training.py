@@ -172,6 +172,18 @@ def test_greedy_trains_a_layer_on_the_frozen_ones_below(digits):
     assert len(history) == 6 and torch.equal(first.layers[0].weight, network.layers[0].weight)
 
 
+def test_greedy_layers_may_have_epochs_of_their_own(digits):
+    network, equal = Network([64, 30, 30, 30]), Network([64, 30, 30, 30])
+    assert len(train(network, digits, LABELS(10), epochs=[2, 0, 4], schedule="greedy", **QUIET)) == 6
+    start = Network([64, 30, 30, 30])
+    assert [torch.equal(a.weight, b.weight) for a, b in zip(network.layers, start.layers)] == [False, True, False]
+    train(network, digits, LABELS(10), epochs=(2, 2, 2), schedule="greedy", seed=5, **QUIET)
+    again = Network([64, 30, 30, 30])
+    for n, epochs in ((equal, 2), (again, (2, 2, 2))):
+        train(n, digits, LABELS(10), epochs=epochs, schedule="greedy", **QUIET)
+    assert all(torch.equal(a, b) for a, b in zip(equal.parameters(), again.parameters()))
+
+
 class Convolution(nn.Module):
     def __init__(self, channels_in, channels):
         super().__init__()
@@ -415,6 +427,10 @@ def test_no_epochs_change_nothing(digits):
 
 WRONG = [
     (dict(schedule="gready"), "unknown schedule 'gready'; did you mean 'greedy'?"),
+    (dict(epochs=(1, 1)), "with schedule='greedy' one for each of the 2 layers"),
+    (dict(epochs=(1, 1, 1), schedule="greedy"), "with schedule='greedy' one for each of the 2 layers"),
+    (dict(epochs=(1, -1), schedule="greedy"), "expected epochs >= 0"),
+    (dict(epochs=(4, 6), schedule="greedy", rounds=4), "a divisor of epochs=[4, 6]"),
     (dict(lr_schedule="cooldown"), "did you mean 'cool_down'?"),
     (dict(optimizer="adam"), "did you mean 'adamw'?"),
     (dict(precision="fp8"), "unknown precision 'fp8'"),
