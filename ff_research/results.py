@@ -119,7 +119,7 @@ def _runs(path):
     return rows
 
 def published(recipe=None, part=""):
-    "The rows that come with the package: of one recipe, or all. part: a folder beside them: \"replica\" holds the grid from a graphics card, \"bf16\" what was run again in that precision."
+    "The rows that come with the package: of one recipe, or all. part: a folder beside them: \"replica\" holds the grid from a graphics card, \"bf16\" what was run again in that precision, \"theirs\" what authors' own programs gave."
     folder = Path(str(files("ff_research"))) / "published" / part
     paths = sorted(folder.glob("*.jsonl")) if recipe is None else [_file(folder, recipe)]
     return latest(row for path in paths for row in _runs(path))
