@@ -763,7 +763,7 @@ def train(network, images, strategy, epochs=60, seed=0, *, objective=None, sched
     images: `Images`, whose training part is used; strategy: makes positives and negatives; seed: of batches and negatives.
     objective: a local objective to take in the place of the strategy's, or a list with one a layer. schedule: "together" (each batch trains all
     layers) or "greedy" (layer after layer, `epochs` each, or one number a layer, in `rounds` equal parts). collaboration: whose goodness each layer
-    adds to its own, None, "all" other layers' or the "previous" ones'. lr: one rate, or one a layer. lr_schedule: "cool_down" or "constant".
+    adds to its own, None, "all" other layers' or the "previous" ones'. lr: one rate, or one a layer. lr_schedule: a name of `LR_SCHEDULES`.
     optimizer: "sgd" (momentum 0.9) or "adamw". precision: of the matrix products, "auto", "fp32" or "bf16"; goodness is always float32.
     On CUDA the step is recorded once an epoch and played back, so what an objective or `between` does in Python is done only then.
     after_epoch: called with the epoch (from 0) and the network after each epoch, to measure or draw what the history does not hold.
