@@ -104,14 +104,16 @@ def above_mean(z):
     "ReLU(z - mean of z) of each row `[batch, units]`, the triangle activity. Source: Coates et al. (2011); Chen et al. (2025)."
     return (z - z.mean(-1, keepdim=True)).relu()
 
-def hand_on(layer, x, h, squares=None):
+def hand_on(layer, x, h, squares=None, power=1):
     """What the next layer reads of a layer, from its inputs x and its activity h `[batch, units]`: h, normalised.
 
     Of an `FFLinear` with `triangle` it is `above_mean` of the product, standardised. squares: h's sums of squares, where known.
+    power: raise either to it before it is brought to scale, which only read-outs do. Source of the power: Journé et al. (2023, code).
     """
     if not getattr(layer, "triangle", False):
-        return normalise(h, squares)
-    return standardise(above_mean(product(x, layer.weight, layer.bias)))
+        return normalise(h, squares) if power == 1 else normalise(h ** power)
+    t = above_mean(product(x, layer.weight, layer.bias))
+    return standardise(t if power == 1 else t ** power)
 
 # %% ../nbs/04_layers.ipynb #80dbdac1
 class PeerNormalisation(nn.Module):
@@ -225,11 +227,14 @@ class Network(nn.Module):
 
 # %% ../nbs/04_layers.ipynb #ea932a1c
 @torch.no_grad()
-def activities(network, x, normalised=True):
-    "The activity of every layer `[batch, units]` for images `[batch, …]` or `Labelled`, as a list; without gradient."
+def activities(network, x, normalised=True, power=1):
+    """The activity of every layer `[batch, units]` for images `[batch, …]` or `Labelled`, as a list; without gradient.
+
+    normalised: as the next layer reads it, but raised to `power` (`hand_on`), which does not change what that layer reads; False: as it is.
+    """
     x, out = network.prepare(x), []
     for layer in network.layers:
         h = layer(x)
-        x = hand_on(layer, x, h)
-        out.append(x if normalised else h)
+        below, x = x, hand_on(layer, x, h)
+        out.append(h if not normalised else x if power == 1 else hand_on(layer, below, h, power=power))
     return out

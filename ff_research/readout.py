@@ -90,16 +90,17 @@ def per_label_goodness(network, images, *, split="test", **options):
 
 # %% ../nbs/06_readout.ipynb #2c737f57
 @torch.no_grad()
-def features(network, x, num_classes=None, *, normalised=True, precision="auto", device="auto", batch_size=2000):
+def features(network, x, num_classes=None, *, normalised=True, power=1, precision="auto", device="auto", batch_size=2000):
     """Activity of every layer for images, a list of float32 `[images, units]`.
 
     num_classes: put the neutral label over the first so many pixels; None reads the plain images. normalised: False gives the activity before its normalisation.
+    power: raise what a layer hands on to it, before it is brought to scale (`activities`).
     """
     twin, parts = _twin(network, precision, device), []
     where = next(twin.parameters()).device
     for part in x.split(batch_size):
         part = part.to(where)
-        h = activities(twin, part if num_classes is None else neutral(part, num_classes), normalised)
+        h = activities(twin, part if num_classes is None else neutral(part, num_classes), normalised, power)
         parts.append([a.flatten(1).float() for a in h])
     return [torch.cat(layer) for layer in zip(*parts)]
 
@@ -228,16 +229,16 @@ def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False):
         out["test"][name] = probe.error(f_test, y_test)
     return out
 
-def linear_probe(network, images, *, neutral_label=True, fit=fit_probe, joined=2, refit=False, precision="auto", device="auto"):
+def linear_probe(network, images, *, neutral_label=True, fit=fit_probe, joined=2, refit=False, power=1, precision="auto", device="auto"):
     """Read-out B: errors in % of a linear probe on the frozen, normalised activities of each layer, and of layers 2…L (from `joined` on) together.
 
-    neutral_label: read images under the neutral label (networks that were trained with labels), else plain. fit, refit: as in `probe_errors`.
+    neutral_label: read images under the neutral label (networks that were trained with labels), else plain. fit, refit: as in `probe_errors`. power: as in `features`.
     Gives {"test": {"layer_1": error, …}, "validation": {…}}; see `probe_errors`.
     """
     _check_samples(images.x_train, images.y_train)
     _check_samples(images.x_test, images.y_test)
     classes = images.num_classes if neutral_label else None
-    train, test = (features(network, x, classes, precision=precision, device=device) for x in (images.x_train, images.x_test))
+    train, test = (features(network, x, classes, power=power, precision=precision, device=device) for x in (images.x_train, images.x_test))
     return probe_errors(train, test, images, fit, joined, refit)
 
 # %% ../nbs/06_readout.ipynb #c0cd3cc9

@@ -65,6 +65,7 @@ class Recipe:
     widths: units of each layer; strategy_options: (name, value) pairs for the strategy; epochs: one number, or one a layer in the greedy schedule; lr: one rate, or one a layer; objective: a name of `OBJECTIVES` and its options, or None for the strategy's own;
     centred: energy of the centred images (`data.centred`), 0 for plain ones; first: the first layer whose goodness the labels are read from, and which is
     in the loss of "pairwise"; probes: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`, which is faster and a little weaker), of each layer and of layers `joined`, …, L together;
+    power: other than 1, there is a second probe beside the plain one, of the same activities raised to it (`hand_on`);
     pretext: a task of `PRETEXTS` whose labels take the place of the data set's own (`pretext`, always drawn with seed 0), None for none;
     all_images: whether network and probes learn from the validation images too, once trials without the test images have settled everything else: some papers do;
     target: the published number that the recipe is to reach, with its source. Raises ValueError for a field that no run can use.
@@ -92,6 +93,7 @@ class Recipe:
     first: int = 2
     probes: str = "softmax"
     joined: int = 2
+    power: float = 1
     pretext: str | None = None
     all_images: bool = False
     target: str = ""
@@ -138,6 +140,7 @@ FIELDS = {  # field: what it may be, and in words
     **{key: (_number_from_0, "a number >= 0") for key in ("weight_decay", "peer", "centred")},
     "lr": (_rates, "a number >= 0, or a tuple with one for each layer"),
     "strategy_options": (lambda v: isinstance(v, tuple) and all(isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str) for o in v), "a tuple of (name, value) pairs"),
+    "power": (lambda v: _number_from_0(v) and v > 0, "a number > 0"),
     "joined": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "first": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     **{key: (lambda v: isinstance(v, bool), "True or False") for key in ("full_gradient", "triangle", "all_images")},
@@ -195,6 +198,8 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("hinton-unsupervised", "mnist", widths=(2000,) * 4, strategy="image_mixing", objective="swish_symba", epochs=100, lr=(0.3, 0.03, 0.01, 0.01), weight_decay=1e-4,
            target="1.37 % test error of a softmax on layers 2-4 (Hinton 2022, section 3.2)"),
     SCFF, replace(SCFF, name="scff-mnist-greedy", schedule="greedy", epochs=(20, 9)),  # layer after layer, as in the authors' program
+    replace(SCFF, name="scff-mnist-sharp", power=2, target=""),  # the same network, read twice
+    replace(SCFF, name="scff-mnist-random", method="random", epochs=0, lr=0.003, power=2, target=""),
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=0.01 if r is BACKPROP else r.lr) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
@@ -404,13 +409,14 @@ def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_e
 
 # %% ../nbs/90_recipes.ipynb #47a7cae0
 def _probed(recipe, network, images, refit=False, **where):
-    """Errors of the recipe's linear probes, under "probe" (softmax) or "ridge": {kind: {part: {features: error}}}."""
+    """Errors of the recipe's linear probes, under "probe" (softmax) or "ridge", and under "sharp" those of activities raised to its `power`: {kind: {part: {features: error}}}."""
     kind, fit = ("probe", fit_probe) if recipe.probes == "softmax" else ("ridge", fit_ridge)
     if recipe.method == "pixels":
         found = probe_errors(*([as_float(x).flatten(1)] for x in (images.x_train, images.x_test)), images, fit, refit=refit)
         return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
     neutral = recipe.method in ("ff", "pairwise", "random") and STRATEGIES[recipe.strategy].contrasts_labels
-    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, joined=recipe.joined, refit=refit, **where)}
+    powers = {kind: 1} | ({} if recipe.power == 1 else {"sharp": recipe.power})
+    return {kind: linear_probe(network, images, neutral_label=neutral, fit=fit, joined=recipe.joined, refit=refit, power=power, **where) for kind, power in powers.items()}
 
 # %% ../nbs/90_recipes.ipynb #e8e56e56
 def _read(recipe):
@@ -479,7 +485,7 @@ def trained(recipe, path, root=None):
 # %% ../nbs/90_recipes.ipynb #d179d207
 def _config(recipe):
     "The settings of a recipe as JSON would give them back: without name and target, lists in the place of tuples. Fields that came later than the first rows stand there only where they are used."
-    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None), ("strategy_options", ()), ("joined", 2), ("triangle", False), ("all_images", False))
+    later = {key for key, plain in (("collaboration", None), ("centred", 0.0), ("first", 2), ("probes", "softmax"), ("pretext", None), ("strategy_options", ()), ("joined", 2), ("triangle", False), ("power", 1), ("all_images", False))
              if getattr(recipe, key) == plain}
     return json.loads(json.dumps({key: v for key, v in asdict(recipe).items() if key not in {"name", "target", *later}}))
 
@@ -568,6 +574,7 @@ SEARCHES["scff-mnist"] = {"lr": tuple(itertools.product((0.001, 0.003, 0.01), (0
     20, dict(batch_size=200, lr=(0.006, 0.004)), dict(epochs=29), batch_size=(50, 200), weight_decay=(0.0, 1e-3, 1e-2), lr_schedule=("cool_down",),
     lr=((0.004, 0.002), (0.002, 0.002), (0.003, 0.001), (0.003, 0.003)),
     strategy_options=((("shift", 1),), (("shift", 3),), *((("shift", 2), (option, value)) for option, values in OF_SCFF.items() for value in values)))
+SEARCHES["scff-mnist-sharp"] = {"power": (1.25, 1.5, 2, 3), "epochs": (20,)}
 
 # %% ../nbs/90_recipes.ipynb #7eefe4af
 def _tuples(v):
@@ -585,9 +592,9 @@ def stages(name):
     return [[dict(zip(stage, values)) for values in itertools.product(*stage.values())] if isinstance(stage, dict) else list(stage) for stage in found]
 
 def validation_error(row):
-    "A row's error in % on the validation images: the mean over its read-outs (labels, trained head, probe of all upper layers or the last); 100 for a trial that diverged."
+    "A row's error in % on the validation images: the mean over its read-outs (labels, trained head, probe of all upper layers or the last, the sharp one if there is one); 100 for a trial that diverged."
     errors = row["errors"]["validation"]
-    found = [errors[key] for key in ("per_label", "head") if key in errors] + list(errors.get("probe", errors.get("ridge", {})).values())[-1:]
+    found = [errors[key] for key in ("per_label", "head") if key in errors] + list(next((errors[key] for key in ("sharp", "probe", "ridge") if key in errors), {}).values())[-1:]
     return sum(found) / len(found) if found else 100.0
 
 def _trial(trial, setting, seed, path, options):
