@@ -203,6 +203,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     SWISH, replace(SWISH, name="swish-symba-uniform", strategy="label_embedding", target=""),
     Recipe("mono-2x2000", "mnist", widths=(2000,) * 2, strategy="mono_forward", epochs=30, lr=0.1, batch_size=250, joined=1),
     *(replace(r, name=f"{r.name}-{n}x2000", widths=(2000,) * n, joined=first, lr=0.01 if r is BACKPROP else r.lr) for n, first in ((4, 2), (2, 1)) for r in (BACKPROP, RANDOM)),
+    replace(BACKPROP, name="backprop-2x2000-sharp", widths=(2000,) * 2, joined=1, lr=0.01, power=2, target=""),
     Recipe("pixels", "mnist", method="pixels", widths=(), epochs=0),
     replace(LOEWE, name="loewe-fashion", data="fashion_mnist", epochs=40, target=""),
     replace(BACKPROP, name="backprop-fashion", data="fashion_mnist", lr=0.003, target=""),

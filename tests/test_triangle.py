@@ -46,6 +46,28 @@ def test_read_outs_and_forward_see_the_triangle(network, images):
     assert torch.allclose(network(images).double(), truth[-1][1], atol=1e-4)
 
 
+@pytest.mark.parametrize("triangle", [True, False])
+@pytest.mark.parametrize("power", [2, 1.5])
+def test_read_outs_may_raise_activities_to_a_power(power, triangle, network, images):
+    "Each layer still reads what it reads without the power."
+    if not triangle:
+        network = Network([64, 30, 20, 25], seed=3)
+    plain = activities(network, images)
+    for i, (layer, sharp) in enumerate(zip(network.layers, activities(network, images, power=power))):
+        x = network.prepare(images) if i == 0 else plain[i - 1]
+        z = (x.double() @ layer.weight.double().T + layer.bias.double())
+        if triangle:
+            t = (z - z.mean(1, keepdim=True)).clamp(min=0) ** power
+            t = (t - t.mean(1, keepdim=True)) / t.std(1, keepdim=True, correction=0)
+        else:
+            t = z.clamp(min=0) ** power
+            t = t / t.square().mean(1, keepdim=True).sqrt()
+        assert torch.allclose(sharp.double(), t, atol=1e-4)
+    read = features(network, images, power=power, precision="fp32", device="cpu")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(read, activities(network, images, power=power)))
+    assert all(torch.equal(a, b) for a, b in zip(activities(network, images, power=1), plain))
+
+
 def test_labels_are_read_from_the_same_layers(network, images):
     found = label_goodness(network, images, 4, first=2, precision="fp32", device="cpu")
     for k in range(4):
