@@ -148,10 +148,11 @@ def _chosen(probes, validation):
     return probes[0] if validation is None else min(probes, key=lambda probe: probe.error(*validation))
 
 @torch.inference_mode(False)
-def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=40):
+def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=40, smoothing=0.0):
     """Fit a `Probe` by L-BFGS: cross-entropy plus l2/2 times the squared weights; all strengths `l2` in the same passes over the features.
 
     f: features `[samples, features]`, worked on in float64 if that is what they are, else in float32; y: labels `[samples]`; validation: (features, labels) that choose among several `l2`.
+    smoothing: the share of each label that is spread over all classes (label smoothing; Szegedy et al. 2016).
     Raises ValueError for features that are not finite, or features and labels of different number.
     """
     z, y, mean, scale = _standardised(f, y)
@@ -167,7 +168,7 @@ def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=4
     def closure():
         weight = weights()
         logits = torch.addmm(bias, z, weight).view(-1, k, num_classes)
-        loss = k * torch.nn.functional.cross_entropy(logits.transpose(1, 2), target)
+        loss = k * torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, label_smoothing=smoothing)
         loss = loss + (each / 2 * weight.square().view(-1, k, num_classes).sum((0, 2))).sum()
         round_weight.grad, bias.grad = (g.contiguous() for g in torch.autograd.grad(loss, [round_weight, bias]))
         return loss.detach()

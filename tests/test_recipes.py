@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import ff_research
 from ff_research import recipes
 from ff_research.data import as_float, load
 from ff_research.layers import Network
-from ff_research.readout import fit_ridge, linear_probe, probe_errors
+from ff_research.readout import fit_probe, fit_ridge, linear_probe, probe_errors
 from ff_research.recipes import RECIPES, Recipe, recipe, run, run_and_keep, run_many
 from ff_research.results import DamagedRow, read_rows
 from ff_research.training import Diverged
@@ -495,17 +496,19 @@ def test_options_of_the_strategy_a_rate_for_each_layer_and_joined_layers():
     assert row["weights"] != plain["weights"] and "strategy_options" not in plain["config"]
 
 
-def test_a_power_adds_a_second_probe_of_the_same_network():
-    own = Recipe("own", "digits", widths=(20, 20), strategy="self_contrastive", epochs=1, lr=0.003, optimizer="adamw", triangle=True, probes="ridge", joined=1, power=2)
-    row, plain = run(own, 0, progress=False, device="cpu", precision="fp32"), run(replace(own, power=1), 0, progress=False, device="cpu", precision="fp32")
-    assert row["weights"] == plain["weights"] and row["config"]["power"] == 2 and "power" not in plain["config"]
+def test_readings_are_further_probes_of_the_same_network():
+    own = Recipe("own", "digits", widths=(20, 20), strategy="self_contrastive", epochs=1, lr=0.003, optimizer="adamw", triangle=True, probes="ridge", joined=1, readings=("smooth", "sharp"))
+    row, plain = (run(r, 0, progress=False, device="cpu", precision="fp32") for r in (own, replace(own, readings=())))
+    assert row["weights"] == plain["weights"] and row["config"]["readings"] == ["smooth", "sharp"] and "readings" not in plain["config"]
     for part in ("validation", "test"):
-        assert list(row["errors"][part]) == ["ridge", "sharp"] and row["errors"][part]["ridge"] == plain["errors"][part]["ridge"] != row["errors"][part]["sharp"]
+        assert list(row["errors"][part]) == ["ridge", "smooth", "sharp"] and row["errors"][part]["ridge"] == plain["errors"][part]["ridge"]
+        assert row["errors"][part]["smooth"] != row["errors"][part]["sharp"]
+    still = run(replace(own, epochs=0, method="random"), 0, progress=False, device="cpu", precision="fp32")["errors"]["test"]
     images, network = load("digits"), Network([64, 20, 20], seed=0, triangle=True)
-    seen = linear_probe(network, images, neutral_label=False, fit=fit_ridge, joined=1, power=2, precision="fp32", device="cpu")["test"]
-    still = run(replace(own, epochs=0, method="random"), 0, progress=False, device="cpu", precision="fp32")["errors"]["test"]["sharp"]
-    assert still == {name: round(error, 4) for name, error in seen.items()}
-    assert recipes.validation_error(row) == row["errors"]["validation"]["sharp"]["layers_1_to_2"]
+    for name, power in (("smooth", 1), ("sharp", 2)):
+        seen = linear_probe(network, images, neutral_label=False, fit=partial(fit_probe, smoothing=0.1), joined=1, power=power, precision="fp32", device="cpu")["test"]
+        assert still[name] == {key: round(error, 4) for key, error in seen.items()}
+    assert recipes.validation_error(row) == row["errors"]["validation"]["ridge"]["layers_1_to_2"]
 
 
 def test_epochs_for_each_layer(tmp_path):
@@ -518,7 +521,7 @@ def test_epochs_for_each_layer(tmp_path):
 
 @pytest.mark.parametrize("change, words", [(dict(strategy_options=(("shfit", 2),)), "has no option 'shfit'; it has thetas"), (dict(strategy_options=("shift",)), "pairs"),
                                            (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(lr=(0.1, 0.1)), "needs method='ff' and 3 of them"),
-                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0"), (dict(power=0), "power=0; expected a number > 0"), (dict(power=True), "power=True"),
+                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0"), (dict(readings="smooth"), "readings='smooth'; expected a tuple"), (dict(readings=("shrp",)), "names from smooth, sharp"),
                                            (dict(epochs=()), "a tuple with one for each layer"), (dict(epochs=(1, 1.5, 2)), "a tuple with one for each layer"), (dict(epochs=(1, 1, 1)), "schedule='greedy'"),
                                            (dict(epochs=(1, 1), schedule="greedy"), "and 3 of them"), (dict(epochs=(1, 1, 1), schedule="greedy", method="backprop"), "need method='ff'"),
                                            *((dict(full_gradient=True, method=method), "the gradient that there is") for method in ("backprop", "pairwise"))])
