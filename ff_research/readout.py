@@ -153,8 +153,10 @@ def fit_probe(f, y, num_classes, l2=(1e-2, 1e-3, 1e-4), validation=None, steps=4
 
     f: features `[samples, features]`, worked on in float64 if that is what they are, else in float32; y: labels `[samples]`; validation: (features, labels) that choose among several `l2`.
     smoothing: the share of each label that is spread over all classes (label smoothing; Szegedy et al. 2016).
-    Raises ValueError for features that are not finite, or features and labels of different number.
+    Raises ValueError for features that are not finite, features and labels of different number, or a smoothing that is no share.
     """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing={smoothing}: expected a share from 0 to 1")
     z, y, mean, scale = _standardised(f, y)
     strengths = sorted(l2, reverse=True)
     factor, k, target = _preconditioner(z), len(strengths), y[:, None].expand(-1, len(strengths))

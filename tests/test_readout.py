@@ -124,6 +124,26 @@ def test_default_steps_are_enough_on_real_features(digits, network):
     assert value(short, f, y) - value(long, f, y) < 2e-3
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_softened_labels_are_weighted_samples(smoothing):
+    "The same minimum as scikit-learn's for every sample under every label, weighted by its share."
+    f, y = clusters()
+    mine = fit_probe(f, y, 4, l2=(1e-2,), steps=500, smoothing=smoothing)
+    z = (f - mine.mean) * mine.scale
+    share = smoothing / 4 + (1 - smoothing) * torch.nn.functional.one_hot(y, 4)
+    theirs = LogisticRegression(C=1 / (1e-2 * 200), tol=1e-10, max_iter=10_000).fit(z.repeat_interleave(4, 0).double(), torch.arange(4).repeat(200), sample_weight=share.flatten().double())
+    logits = mine.logits(f).double()
+    other = z.double() @ torch.tensor(theirs.coef_.T) + torch.tensor(theirs.intercept_)
+    assert torch.allclose(logits.softmax(1), other.softmax(1), atol=1e-3)
+    assert torch.allclose(fit_probe(f, y, 4, l2=(1e-2,), smoothing=0.0).weight, fit_probe(f, y, 4, l2=(1e-2,)).weight)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1])
+def test_a_smoothing_is_a_share(smoothing):
+    with pytest.raises(ValueError, match="smoothing="):
+        fit_probe(torch.rand(8, 3), torch.arange(8) % 2, 2, smoothing=smoothing)
+
+
 def test_probe_is_free_of_shift_and_scale():
     f, y = clusters()
     a, b = fit_probe(f, y, 4, l2=(0.1,), steps=500), fit_probe(f * torch.logspace(-2, 2, 12) + 50, y, 4, l2=(0.1,), steps=500)
