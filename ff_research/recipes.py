@@ -142,7 +142,7 @@ FIELDS = {  # field: what it may be, and in words
     **{key: (_number_from_0, "a number >= 0") for key in ("weight_decay", "peer", "centred")},
     "lr": (_rates, "a number >= 0, or a tuple with one for each layer"),
     "strategy_options": (lambda v: isinstance(v, tuple) and all(isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str) for o in v), "a tuple of (name, value) pairs"),
-    "readings": (lambda v: isinstance(v, tuple) and all(name in READINGS for name in v), f"a tuple of names from {', '.join(READINGS)}"),
+    "readings": (lambda v: isinstance(v, tuple) and all(isinstance(name, str) and name in READINGS for name in v), f"a tuple of names from {', '.join(READINGS)}"),
     "joined": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     "first": (lambda v: _whole(v, 1, 1000), "a whole number from 1 to 1000, the number of a layer"),
     **{key: (lambda v: isinstance(v, bool), "True or False") for key in ("full_gradient", "triangle", "all_images")},
@@ -179,6 +179,8 @@ def _check_fields(recipe):
         raise ValueError(f"recipe {recipe.name!r}: epochs={recipe.epochs}; epochs for each layer need method='ff', schedule='greedy' and {len(recipe.widths)} of them")
     if recipe.full_gradient and recipe.method in ("backprop", "pairwise"):
         raise ValueError(f"recipe {recipe.name!r}: full_gradient=True is for one layer's own loss; method={recipe.method!r} needs the gradient that there is")
+    if recipe.readings and recipe.method == "pixels":
+        raise ValueError(f"recipe {recipe.name!r}: readings={recipe.readings}; they are of a network's activities, and method='pixels' has none")
     if not recipe.widths and recipe.method != "pixels":
         raise ValueError(f"recipe {recipe.name!r}: widths=(); method={recipe.method!r} needs a layer")
 

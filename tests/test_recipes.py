@@ -521,7 +521,8 @@ def test_epochs_for_each_layer(tmp_path):
 
 @pytest.mark.parametrize("change, words", [(dict(strategy_options=(("shfit", 2),)), "has no option 'shfit'; it has thetas"), (dict(strategy_options=("shift",)), "pairs"),
                                            (dict(lr=()), "one for each layer"), (dict(lr=(0.1, -1.0)), "one for each layer"), (dict(lr=(0.1, 0.1)), "needs method='ff' and 3 of them"),
-                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0"), (dict(readings="smooth"), "readings='smooth'; expected a tuple"), (dict(readings=("shrp",)), "names from smooth, sharp"),
+                                           (dict(lr=(0.1, 0.1, 0.1), method="backprop"), "needs method='ff'"), (dict(joined=0), "joined=0"), (dict(readings="smooth"), "readings='smooth'; expected a tuple"), (dict(readings=("shrp",)), "names from smooth, sharp"), (dict(readings=([],)), "names from smooth"),
+                                           (dict(readings=("smooth",), method="pixels"), "method='pixels' has none"),
                                            (dict(epochs=()), "a tuple with one for each layer"), (dict(epochs=(1, 1.5, 2)), "a tuple with one for each layer"), (dict(epochs=(1, 1, 1)), "schedule='greedy'"),
                                            (dict(epochs=(1, 1), schedule="greedy"), "and 3 of them"), (dict(epochs=(1, 1, 1), schedule="greedy", method="backprop"), "need method='ff'"),
                                            *((dict(full_gradient=True, method=method), "the gradient that there is") for method in ("backprop", "pairwise"))])
