@@ -231,7 +231,10 @@ def activities(network, x, normalised=True, power=1):
     """The activity of every layer `[batch, units]` for images `[batch, …]` or `Labelled`, as a list; without gradient.
 
     normalised: as the next layer reads it, but raised to `power` (`hand_on`), which does not change what that layer reads; False: as it is.
+    Raises ValueError for a power without normalisation, which would be left out.
     """
+    if power != 1 and not normalised:
+        raise ValueError(f"power={power} is for activities that are brought to scale; take normalised=True")
     x, out = network.prepare(x), []
     for layer in network.layers:
         h = layer(x)

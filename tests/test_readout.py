@@ -120,7 +120,7 @@ def test_probe_reaches_the_optimum_of_scikit_learn(strength):
 
 def test_default_steps_are_enough_on_real_features(digits, network):
     f, y = features(network, digits.x_train, 10, **CPU)[1], digits.y_train
-    short, long = (fit_probe(f, y, 10, l2=(1e-3,), steps=steps) for steps in (60, 1000))
+    short, long = (fit_probe(f, y, 10, l2=(1e-3,), **steps) for steps in ({}, dict(steps=1000)))
     assert value(short, f, y) - value(long, f, y) < 2e-3
 
 

@@ -66,6 +66,8 @@ def test_read_outs_may_raise_activities_to_a_power(power, triangle, network, ima
     read = features(network, images, power=power, precision="fp32", device="cpu")
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(read, activities(network, images, power=power)))
     assert all(torch.equal(a, b) for a, b in zip(activities(network, images, power=1), plain))
+    with pytest.raises(ValueError, match="normalised=True"):
+        features(network, images, normalised=False, power=power)
 
 
 def test_labels_are_read_from_the_same_layers(network, images):
