@@ -1,8 +1,9 @@
 """pytest runs the chapters too: one item a notebook, executed by nbdev's own runner in one warm worker process.
 
 The worker is forked before anything imports torch, so that its threads and ours never meet, and it is started anew should a
-cell take it down. `pytest nbs/03_goodness.ipynb` runs one chapter; `--slow` adds the cells and the tests marked slow.
+cell take it down. `pytest nbs/104_goodness.ipynb` runs one chapter; `--slow` adds the cells and the tests marked slow.
 """
+
 import contextlib
 import io
 import multiprocessing
@@ -43,7 +44,9 @@ def run(path, flags):
     "Run one notebook; give its traceback, empty if it passed."
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
-        passed, _ = run_notebook(path, skip_flags=CONFIG.tst_flags.split(), force_flags=flags, basepath=CONFIG.config_path)
+        passed, _ = run_notebook(
+            path, skip_flags=CONFIG.tst_flags.split(), force_flags=flags, basepath=CONFIG.config_path
+        )
     return "" if passed else stderr.getvalue()
 
 
@@ -75,6 +78,7 @@ def pytest_unconfigure(config):
 def digits():
     "The bundled digits, for any test to read and none to change."
     from ff_research.data import load
+
     return load("digits")
 
 
@@ -83,13 +87,18 @@ def pytest_runtest_setup(item):
         pytest.skip("slow: runs with --slow")
     for mark in item.iter_markers("data"):
         from ff_research.data import data_root
+
         path = data_root() / f"{mark.args[0]}.npz"
         if not path.exists():
             pytest.skip(f"{path.name} is not in {path.parent}; ff_research.data.load({mark.args[0]!r}) fetches it once")
 
 
 def pytest_collect_file(parent, file_path):
-    if file_path.suffix == ".ipynb" and file_path.is_relative_to(CONFIG.nbs_path) and not file_path.name.startswith("_"):
+    if (
+        file_path.suffix == ".ipynb"
+        and file_path.is_relative_to(CONFIG.nbs_path)
+        and not file_path.name.startswith("_")
+    ):
         return Notebook.from_parent(parent, path=file_path)
 
 

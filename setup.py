@@ -1,4 +1,5 @@
 """The package's metadata stands in settings.ini, which nbdev reads too; this file only hands it to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +10,9 @@ parser = ConfigParser(delimiters=["="])
 parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")}
+extras = {
+    key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")
+}
 extras["dev"] += extras["book"]
 
 setup(

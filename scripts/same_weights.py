@@ -5,6 +5,7 @@
 checks that commit out beside the repository, trains every case there and in the working tree (CPU, one thread), and prints
 the cases whose weights differ. Exit code 1 where any does. What a commit refuses is a case of its own: both must refuse it.
 """
+
 import hashlib
 import inspect
 import itertools
@@ -20,39 +21,74 @@ WIDTHS = [64, 60, 60, 60]
 
 def cases():
     "Every strategy x schedule x precision x collaboration, then what else changes the arithmetic: name -> settings."
-    names = ["label_embedding", "class_confusion", "hard_mining", "image_mixing", "masking", "random_noise", "layer_wise",
-             "adversarial", "self_contrastive", "mono_forward", "all_labels"]
+    names = [
+        "label_embedding",
+        "class_confusion",
+        "hard_mining",
+        "image_mixing",
+        "masking",
+        "random_noise",
+        "layer_wise",
+        "adversarial",
+        "self_contrastive",
+        "mono_forward",
+        "all_labels",
+    ]
     axes = itertools.product(names, ("together", "greedy"), ("fp32", "bf16"), (None, "previous", "all"))
     for name, schedule, precision, mode in axes:
-        yield f"{name} {schedule} {precision} {mode}", dict(strategy=name, schedule=schedule, precision=precision, collaboration=mode)
+        yield (
+            f"{name} {schedule} {precision} {mode}",
+            dict(strategy=name, schedule=schedule, precision=precision, collaboration=mode),
+        )
     for precision in ("fp32", "bf16"):
         more = {
-            "peers": dict(peer=0.03), "peers, full gradient": dict(peer=0.03, full_gradient=True),
-            "peers, greedy": dict(peer=0.03, schedule="greedy"), "peers, all": dict(peer=0.03, collaboration="all"),
-            "adamw": dict(optimizer="adamw"), "adamw, mono_forward": dict(optimizer="adamw", strategy="mono_forward"),
+            "peers": dict(peer=0.03),
+            "peers, full gradient": dict(peer=0.03, full_gradient=True),
+            "peers, greedy": dict(peer=0.03, schedule="greedy"),
+            "peers, all": dict(peer=0.03, collaboration="all"),
+            "adamw": dict(optimizer="adamw"),
+            "adamw, mono_forward": dict(optimizer="adamw", strategy="mono_forward"),
             "mono_forward, peers": dict(strategy="mono_forward", peer=0.03),
             "swish_symba, hard": dict(objective="swish_symba", strategy="hard_mining", lr=0.3),
             "symba, all": dict(objective="symba", lr=0.3, collaboration="all"),
             "linear goodness": dict(objective="linear"),
-            "rounds": dict(schedule="greedy", rounds=2, epochs=4), "rounds, all": dict(schedule="greedy", rounds=2, epochs=4, collaboration="all"),
+            "rounds": dict(schedule="greedy", rounds=2, epochs=4),
+            "rounds, all": dict(schedule="greedy", rounds=2, epochs=4, collaboration="all"),
             "epochs of each layer": dict(schedule="greedy", epochs=(1, 3, 2)),
             "rate of each layer, exponential": dict(lr=(1e-3, 5e-4, 2e-4), lr_schedule="exponential"),
-            "SCFF as published": dict(strategy="self_contrastive", options=dict(shift=1), triangle=True, optimizer="adamw"),
+            "SCFF as published": dict(
+                strategy="self_contrastive", options=dict(shift=1), triangle=True, optimizer="adamw"
+            ),
             "SCFF greedy": dict(strategy="self_contrastive", options=dict(shift=1), triangle=True, schedule="greedy"),
             "SCFF paired anew": dict(strategy="self_contrastive", options=dict(repair=True)),
-            "SCFF paired anew, greedy, triangle": dict(strategy="self_contrastive", options=dict(repair=True), schedule="greedy", triangle=True),
-            "triangle, labels": dict(triangle=True), "backprop": dict(method="backprop"),
-            "pairwise backprop": dict(method="pairwise"), "pairwise backprop, hard": dict(method="pairwise", strategy="hard_mining"),
+            "SCFF paired anew, greedy, triangle": dict(
+                strategy="self_contrastive", options=dict(repair=True), schedule="greedy", triangle=True
+            ),
+            "triangle, labels": dict(triangle=True),
+            "backprop": dict(method="backprop"),
+            "pairwise backprop": dict(method="pairwise"),
+            "pairwise backprop, hard": dict(method="pairwise", strategy="hard_mining"),
         }
         for name, settings in more.items():
             yield f"{name} {precision}", dict(precision=precision) | settings
 
 
-def train_one(strategy="label_embedding", method="ff", options=(), objective=None, peer=0.0, full_gradient=False, triangle=False, epochs=2, **settings):
+def train_one(
+    strategy="label_embedding",
+    method="ff",
+    options=(),
+    objective=None,
+    peer=0.0,
+    full_gradient=False,
+    triangle=False,
+    epochs=2,
+    **settings,
+):
     "Train one case with whatever ff_research is imported; the hash of all weights, or the first words of its refusal."
     from ff_research import goodness
     from ff_research.data import load
     from ff_research.strategies import STRATEGIES
+
     try:
         from ff_research.network import Network
         from ff_research.backprop import train_backprop
@@ -60,6 +96,7 @@ def train_one(strategy="label_embedding", method="ff", options=(), objective=Non
         from ff_research.layers import Network
         from ff_research.training import train_backprop
     from ff_research.training import train
+
     images = load("digits")
     made = {"full_gradient": full_gradient, "triangle": triangle}
     common = dict(epochs=epochs, batch_size=50, device="cpu", progress=False, seed=3) | settings
@@ -67,8 +104,11 @@ def train_one(strategy="label_embedding", method="ff", options=(), objective=Non
         made["peer"] = peer
     else:
         common |= {"peer": peer} if peer else {}
-    objectives = {"swish_symba": lambda: goodness.swish_symba(), "symba": lambda: goodness.symba(),
-                  "linear": lambda: goodness.GoodnessObjective(goodness.mean_activity, goodness.symba_loss)}
+    objectives = {
+        "swish_symba": lambda: goodness.swish_symba(),
+        "symba": lambda: goodness.symba(),
+        "linear": lambda: goodness.GoodnessObjective(goodness.mean_activity, goodness.symba_loss),
+    }
     network = Network(WIDTHS, seed=5, **made)
     strategy = STRATEGIES[strategy](images.num_classes, **dict(options))
     try:
@@ -89,8 +129,10 @@ def child(tree):
     "Train every case with the package of a tree; print one JSON dictionary."
     sys.path.insert(0, tree)
     import torch
+
     torch.set_num_threads(1)
     import ff_research
+
     assert str(Path(ff_research.__file__)).startswith(tree), ff_research.__file__
     print(json.dumps({name: train_one(**settings) for name, settings in cases()}))
 
@@ -105,7 +147,9 @@ def weights(tree):
 def main(commit):
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        subprocess.run(["git", "worktree", "add", "--detach", str(tree), commit], cwd=HERE, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(tree), commit], cwd=HERE, check=True, capture_output=True
+        )
         try:
             there = weights(tree)
         finally:
@@ -115,7 +159,9 @@ def main(commit):
     for name in differ:
         print(f"DIFFERS  {name}: {there[name]} at {commit}, {here[name]} here")
     refused = sum(value.startswith("refused") for value in there.values())
-    print(f"{len(there) - len(differ)} of {len(there)} cases agree bit for bit ({refused} of them refused by both); {len(differ)} differ")
+    print(
+        f"{len(there) - len(differ)} of {len(there)} cases agree bit for bit ({refused} of them refused by both); {len(differ)} differ"
+    )
     return 1 if differ else 0
 
 

@@ -1,4 +1,5 @@
 """The book's own invariants: package and notebooks agree, every chapter is listed and fit to print, links follow settings.ini."""
+
 import ast
 import json
 import re
@@ -32,6 +33,11 @@ def source(cell):
     return "".join(cell["source"])
 
 
+def words(text):
+    "How many words a text has; brackets that a formatter sets on lines of their own are none."
+    return sum(any(c.isalnum() for c in word) for word in text.split())
+
+
 def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
@@ -41,6 +47,7 @@ def without_code(markdown):
 
 
 # Package and notebooks
+
 
 @pytest.fixture
 def copy(tmp_path):
@@ -68,10 +75,13 @@ def test_package_is_what_the_notebooks_export(copy):
 
 def test_notebooks_are_clean(copy):
     run("nbdev_clean", copy)
-    assert [path.name for path in NOTEBOOKS if path.read_bytes() != (copy / "nbs" / path.name).read_bytes()] == [], "run `nbdev_clean`"
+    assert [path.name for path in NOTEBOOKS if path.read_bytes() != (copy / "nbs" / path.name).read_bytes()] == [], (
+        "run `nbdev_clean`"
+    )
 
 
 # Chapters
+
 
 def test_every_notebook_is_a_chapter_in_order():
     book = yaml.safe_load(read("_quarto.yml"))["book"]
@@ -96,7 +106,9 @@ def test_figures_and_tables_have_captions(path):
 
 @each_notebook
 def test_prose_leads(path):
-    prose, code = (sum(len(source(cell).split()) for cell in cells(path, kind)) for kind in ("markdown", "code"))
+    if path.stem.startswith("9"):
+        pytest.skip("a reference page of the workshop")
+    prose, code = (sum(words(source(cell)) for cell in cells(path, kind)) for kind in ("markdown", "code"))
     assert prose >= code
 
 
@@ -115,23 +127,44 @@ def test_notebook_is_small(path):
 def test_title_section_label_and_badge(path):
     title = next((source(cell) for cell in cells(path, "markdown")), "")
     assert re.match(r"# \S.* \{#sec-[\w-]+\}\n", title), title[:80]
-    assert re.findall(r"https://colab\.research\.google\.com/(github[^)\s]+)", title) == [f"{BLOB}/nbs/{path.name}".replace(".com", "", 1)]
+    assert re.findall(r"https://colab\.research\.google\.com/(github[^)\s]+)", title) == [
+        f"{BLOB}/nbs/{path.name}".replace(".com", "", 1)
+    ]
 
 
-DIRECTIVES = {"default_exp", "export", "exports", "hide", "slow", "eval: false", "echo: false", "label", "fig-cap", "tbl-cap", "code-fold"}
+DIRECTIVES = {
+    "default_exp",
+    "export",
+    "exports",
+    "hide",
+    "slow",
+    "eval: false",
+    "echo: false",
+    "label",
+    "fig-cap",
+    "tbl-cap",
+    "code-fold",
+}
 
 
 @each_notebook
 def test_directives_are_the_agreed_ones(path):
     for cell in cells(path, "code"):
         for line in re.findall(r"^#\|\s*(.+?)\s*$", source(cell), re.M):
-            assert line in DIRECTIVES or re.split(r":|\s", line)[0] in DIRECTIVES - {"export", "exports", "hide", "slow"}, line
+            assert line in DIRECTIVES or re.split(r":|\s", line)[0] in DIRECTIVES - {
+                "export",
+                "exports",
+                "hide",
+                "slow",
+            }, line
 
 
 @each_notebook
 def test_citations_are_in_the_bibliography(path):
     known = set(re.findall(r"^@\w+\{([^,\s]+),", read("references.bib"), re.M))
-    cited = set(re.findall(r"(?<![\w.])@([\w-]+)", without_code("\n".join(source(cell) for cell in cells(path, "markdown")))))
+    cited = set(
+        re.findall(r"(?<![\w.])@([\w-]+)", without_code("\n".join(source(cell) for cell in cells(path, "markdown"))))
+    )
     assert {key for key in cited if not re.match(r"(sec|fig|tbl|eq)-", key)} <= known
 
 
@@ -145,22 +178,51 @@ def test_cross_references_lead_somewhere():
 # The package
 
 # Imports run down this list, never up. `results` and `plots` know nothing of networks.
-ORDER = ["cli", "recipes", "speed", "reach", "transfer", "pretext", "diagnostics", "cka", "entropy", "collaboration", "strategies", "readout", "training", "layers", "goodness", "labels", "data"]
+ORDER = [
+    "cli",
+    "recipes",
+    "speed",
+    "reach",
+    "transfer",
+    "pretext",
+    "diagnostics",
+    "cka",
+    "entropy",
+    "collaboration",
+    "strategies",
+    "readout",
+    "training",
+    "layers",
+    "goodness",
+    "labels",
+    "data",
+    "checks",
+]
 APART = {"results": {"data"}, "plots": {"data", "results"}}
 
 
 def imports(path):
     "Modules that a file imports anywhere in it: `ff_research.x` for the package's own, the top name for others."
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), feature_version=tuple(map(int, SETTINGS["min_python"].split("."))))):
+    for node in ast.walk(
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=tuple(map(int, SETTINGS["min_python"].split("."))))
+    ):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
-            names = [f"ff_research.{node.module}"] if node.module else [f"ff_research.{alias.name}" for alias in node.names]
+            names = (
+                [f"ff_research.{node.module}"] if node.module else [f"ff_research.{alias.name}" for alias in node.names]
+            )
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "ff_research" else [node.module]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "ff_research"
+                else [node.module]
+            )
         else:
             continue
-        yield from (".".join(name.split(".")[:2]) if name.startswith("ff_research.") else name.split(".")[0] for name in names)
+        yield from (
+            ".".join(name.split(".")[:2]) if name.startswith("ff_research.") else name.split(".")[0] for name in names
+        )
 
 
 @each_module
@@ -178,17 +240,22 @@ def test_imports_run_one_way(path):
         assert own <= APART[mine]
     else:
         assert mine in ORDER, f"{mine} has no place in ORDER (tests/test_book.py) yet"
-        assert own <= {*ORDER[ORDER.index(mine) + 1:], *(APART if ORDER.index(mine) < ORDER.index("readout") else ())}
+        assert own <= {*ORDER[ORDER.index(mine) + 1 :], *(APART if ORDER.index(mine) < ORDER.index("readout") else ())}
 
 
 @each_module
 def test_public_definitions_have_docstrings(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    ]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
 # Links and text
+
 
 def test_links_follow_settings():
     book = yaml.safe_load(read("_quarto.yml"))["book"]
@@ -196,7 +263,11 @@ def test_links_follow_settings():
     assert (book["repo-url"], book["repo-branch"]) == (SETTINGS["git_url"], SETTINGS["branch"])
     assert book["site-url"] == SETTINGS["doc_host"] + SETTINGS["doc_baseurl"]
     for name in ("README.md", "CONTRIBUTING.md"):
-        links = [link for link in re.findall(r"https://(?:[\w-]+\.)?github\.(?:com|io)/[^\s)>\]]+", read(name)) if SETTINGS["repo"] in link]
+        links = [
+            link
+            for link in re.findall(r"https://(?:[\w-]+\.)?github\.(?:com|io)/[^\s)>\]]+", read(name))
+            if SETTINGS["repo"] in link
+        ]
         assert all(link.startswith((SETTINGS["git_url"], book["site-url"])) for link in links), links
     assert f"{SETTINGS['git_url']}/actions/workflows/test.yml/badge.svg" in read("README.md")
 
@@ -205,7 +276,12 @@ def test_readme_links_work_on_the_books_front_page_too():
     "The README is included there, so its links are absolute; those into the repository lead to files that exist."
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(read("README.md")))
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
-    into = [link.split(f"/{kind}/{SETTINGS['branch']}/")[1] for link in links for kind in ("blob", "tree") if f"/{kind}/{SETTINGS['branch']}/" in link]
+    into = [
+        link.split(f"/{kind}/{SETTINGS['branch']}/")[1]
+        for link in links
+        for kind in ("blob", "tree")
+        if f"/{kind}/{SETTINGS['branch']}/" in link
+    ]
     assert into and [name for name in into if not (ROOT / name).exists()] == []
 
 
@@ -217,9 +293,16 @@ def test_readme_example_runs(tmp_path):
 
 def test_commands_that_the_texts_name_exist():
     pytest.importorskip("ff_research.cli", reason="no command line yet")
-    texts = [read(name) for name in ("README.md", "CONTRIBUTING.md", "Makefile")] + [source(cell) for path in NOTEBOOKS for cell in cells(path, "markdown")]
+    texts = [read(name) for name in ("README.md", "CONTRIBUTING.md", "Makefile")] + [
+        source(cell) for path in NOTEBOOKS for cell in cells(path, "markdown")
+    ]
     named = set(re.findall(r"ff-research ([a-z]+)(?=[ `\n])", "\n".join(texts)))
-    shown = subprocess.run([sys.executable, "-c", "from ff_research.cli import main; main()", "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", "from ff_research.cli import main; main()", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert [name for name in sorted(named) if not re.search(rf"\b{name}\b", shown)] == []
 
 
@@ -229,7 +312,12 @@ LEFTOVER = re.compile(r"\b(?:TO" r"DO|FIX" r"ME)\b")
 
 def texts():
     "What is tracked, or would be: a file's text, and of a notebook its sources and the text of its outputs (pictures are noise)."
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in sorted(set(listed.stdout.split("\0")) - {""}):
@@ -242,9 +330,19 @@ def texts():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             yield name, source(cell)
             for output in cell.get("outputs", []):
-                for text in (output.get("text", ""), output.get("data", {}).get("text/plain", ""), output.get("traceback", "")):
+                for text in (
+                    output.get("text", ""),
+                    output.get("data", {}).get("text/plain", ""),
+                    output.get("traceback", ""),
+                ):
                     yield name, "".join(text)
 
 
 def test_no_machine_paths_and_no_leftovers():
-    assert [(name, hit[0]) for name, text in texts() for pattern in (MACHINE_PATH, LEFTOVER) for hit in [pattern.search(text)] if hit] == []
+    assert [
+        (name, hit[0])
+        for name, text in texts()
+        for pattern in (MACHINE_PATH, LEFTOVER)
+        for hit in [pattern.search(text)]
+        if hit
+    ] == []

@@ -1,4 +1,5 @@
 """CKA on what users may hand over: other number formats, extreme scales, hardly any samples, large matrices."""
+
 import time
 
 import numpy as np
@@ -21,6 +22,7 @@ def pair():
 
 def by_definition(x, y):
     "HSIC_1 over all pairs of different samples, in float64."
+
     def square(m):
         m = m.double() - m.double().mean(0)
         k = m @ m.T
@@ -29,6 +31,7 @@ def by_definition(x, y):
     def hsic(K, L):
         n = len(K)
         return (K * L).sum() + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * K.sum(0) @ L.sum(0)
+
     K, L = square(x), square(y)
     return (hsic(K, L) / (hsic(K, K) * hsic(L, L)).sqrt()).item()
 
@@ -73,7 +76,9 @@ def test_arrays_and_integers(pair):
 def test_extreme_scales(pair, scale):
     x, y = pair
     assert linear_cka(x * scale, y) == pytest.approx(linear_cka(x, y), abs=1e-3)
-    assert linear_cka(x.double() * scale**5 if scale > 1 else x.double() * scale, y) == pytest.approx(linear_cka(x, y), abs=1e-6)
+    assert linear_cka(x.double() * scale**5 if scale > 1 else x.double() * scale, y) == pytest.approx(
+        linear_cka(x, y), abs=1e-6
+    )
 
 
 def test_inputs_are_left_alone(pair):
@@ -89,11 +94,20 @@ def test_four_samples_are_enough(pair):
     assert linear_cka(x, x) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("spoiled, message", [
-    (lambda x: x[:-1], "79"), (lambda x: x[:0], "shape"), (lambda x: x[:, :0], "shape"), (lambda x: x[:, 0], "shape"),
-    (lambda x: torch.full_like(x, 0.1), "constant"), (lambda x: torch.zeros_like(x), "constant"), (lambda x: torch.eye(80), "equally alike"),
-    (lambda x: x.clone().index_fill_(0, torch.tensor([3]), float("nan")), "NaN"), (lambda x: x.clone().index_fill_(1, torch.tensor([3]), float("inf")), "NaN or inf"),
-])
+@pytest.mark.parametrize(
+    "spoiled, message",
+    [
+        (lambda x: x[:-1], "79"),
+        (lambda x: x[:0], "shape"),
+        (lambda x: x[:, :0], "shape"),
+        (lambda x: x[:, 0], "shape"),
+        (lambda x: torch.full_like(x, 0.1), "constant"),
+        (lambda x: torch.zeros_like(x), "constant"),
+        (lambda x: torch.eye(80), "equally alike"),
+        (lambda x: x.clone().index_fill_(0, torch.tensor([3]), float("nan")), "NaN"),
+        (lambda x: x.clone().index_fill_(1, torch.tensor([3]), float("inf")), "NaN or inf"),
+    ],
+)
 def test_what_has_no_answer_is_refused_by_name(pair, spoiled, message):
     x, y = pair
     for arguments, name in (((spoiled(x), y), "x"), ((y, spoiled(x)), "y")):
@@ -141,7 +155,11 @@ def test_networks_are_compared_on_the_same_images_in_the_same_convention():
     for classes in (None, 10):
         found = compare(a, {"itself": None, "other": b}, images.x_test, classes, **where)
         xs, ys = (features(network, images.x_test, classes, **where) for network in (a, b))
-        assert torch.equal(found["itself"], cka_matrix(xs)) and torch.equal(found["other"], cka_matrix(xs, ys)) and found["other"].shape == (2, 3)
+        assert (
+            torch.equal(found["itself"], cka_matrix(xs))
+            and torch.equal(found["other"], cka_matrix(xs, ys))
+            and found["other"].shape == (2, 3)
+        )
     biased = compare(a, {"other": b}, images.x_test[:20], unbiased=False, **where)["other"]
     assert (biased > compare(a, {"other": b}, images.x_test[:20], **where)["other"]).all()
     with pytest.raises(ValueError, match="samples"):

@@ -1,4 +1,5 @@
 """The command as a shell sees it: exit codes, one line for wrong input, no traceback, and nothing lost when it is stopped."""
+
 import csv
 import io
 import re
@@ -45,21 +46,27 @@ def shell(capsys):
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+
     return call
 
 
 def row(recipe="r", seed=0, data="mnist", **changes):
     test = dict(per_label=1.5 + seed, probe=dict(layer_1=2.0, layers_2_to_3=1.0 + seed))
-    return dict(recipe=recipe, seed=seed, config={}, data=dict(name=data), errors=dict(test=test), seconds=10.0) | changes
+    return (
+        dict(recipe=recipe, seed=seed, config={}, data=dict(name=data), errors=dict(test=test), seconds=10.0) | changes
+    )
 
 
 # Help
+
 
 def test_help_lists_every_command_untruncated(shell):
     code, out, err = shell("--help")
     assert (code, err) == (0, "") and shell() == shell("-h") == (0, out, "")
     listed = dict(re.findall(r"^  (\w+)  +(.+)$", out.split("Commands:")[1], re.M))
-    assert tuple(listed) == COMMANDS and all(line.endswith(".") and not line.endswith("...") for line in listed.values())
+    assert tuple(listed) == COMMANDS and all(
+        line.endswith(".") and not line.endswith("...") for line in listed.values()
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -72,12 +79,26 @@ def test_help_of_a_command_ends_with_an_example(command, shell):
 # Wrong input
 
 WRONG = [
-    (["tabel"], "'table'"), (["--nonsense"], "--nonsense"), (["run"], "(?i)names"), (["run", "lowe"], "did you mean 'loewe'"),
-    (["run", "loewe", "bakprop"], "did you mean 'backprop'"), (["run", "loewe", "--seeds", "0"], "--seeds"), (["run", "loewe", "--seeds", "three"], "--seeds"),
-    (["run", "loewe", "--workers", "-1"], "--workers"), (["run", "loewe", "--engine", "slurm"], "local, ray"), (["run", "loewe", "--sed", "3"], "--seeds"),
-    (["data", "minst"], "did you mean 'mnist'"), (["data", "absent.npz"], "absent.npz"), (["data", "digits", "more"], "more"),
-    (["table"], "(?i)name"), (["table", "fashion-mnist"], "did you mean 'fashion_mnist'"), (["table", "pixls"], "did you mean 'pixels'"), (["table", "?"], "unknown recipe"),
-    (["publish", "lowe"], "did you mean 'loewe'"), (["compare", "--seeds", "0"], "--seeds"), (["bench", "--runs", "0"], "--runs"),
+    (["tabel"], "'table'"),
+    (["--nonsense"], "--nonsense"),
+    (["run"], "(?i)names"),
+    (["run", "lowe"], "did you mean 'loewe'"),
+    (["run", "loewe", "bakprop"], "did you mean 'backprop'"),
+    (["run", "loewe", "--seeds", "0"], "--seeds"),
+    (["run", "loewe", "--seeds", "three"], "--seeds"),
+    (["run", "loewe", "--workers", "-1"], "--workers"),
+    (["run", "loewe", "--engine", "slurm"], "local, ray"),
+    (["run", "loewe", "--sed", "3"], "--seeds"),
+    (["data", "minst"], "did you mean 'mnist'"),
+    (["data", "absent.npz"], "absent.npz"),
+    (["data", "digits", "more"], "more"),
+    (["table"], "(?i)name"),
+    (["table", "fashion-mnist"], "did you mean 'fashion_mnist'"),
+    (["table", "pixls"], "did you mean 'pixels'"),
+    (["table", "?"], "unknown recipe"),
+    (["publish", "lowe"], "did you mean 'loewe'"),
+    (["compare", "--seeds", "0"], "--seeds"),
+    (["bench", "--runs", "0"], "--runs"),
 ]
 
 
@@ -90,18 +111,32 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, shell, folder)
 
 def test_in_a_process_of_its_own():
     done = subprocess.run([*PROGRAM, "run", "lowe"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"ff-research: unknown recipe 'lowe'; did you mean 'loewe'\?[^\n]*\n", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(
+        r"ff-research: unknown recipe 'lowe'; did you mean 'loewe'\?[^\n]*\n", done.stderr
+    )
 
 
 def test_a_reader_that_stops_reading_is_no_error():
-    done = subprocess.run(["bash", "-c", '"$0" -c "$1" list | head -n 1', sys.executable, PROGRAM[2]], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" list | head -n 1', sys.executable, PROGRAM[2]], capture_output=True, text=True
+    )
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("error", [Diverged("training diverged in epoch 3, layer 1"), BrokenProcessPool("a\nb"), BrokenExecutor(), OSError(28, "No space left on device", "results/x.jsonl"), ImportError("needs\nthe extra")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        Diverged("training diverged in epoch 3, layer 1"),
+        BrokenProcessPool("a\nb"),
+        BrokenExecutor(),
+        OSError(28, "No space left on device", "results/x.jsonl"),
+        ImportError("needs\nthe extra"),
+    ],
+)
 def test_what_a_run_cannot_help_is_one_line(error, shell, monkeypatch):
     def failing(*arguments, **options):
         raise error
+
     monkeypatch.setattr(recipes, "run_many", failing)
     code, out, err = shell("run", "loewe")
     assert (code, out) == (2, "") and re.fullmatch(r"ff-research: [^\n]+\n", err)
@@ -121,24 +156,45 @@ def test_a_folder_that_cannot_be_written(shell, folder):
 
 # Running
 
+
 def test_run_skips_what_is_there(shell, folder):
     assert [shell("run", "pixels-digits", "--seeds", n)[1].count("is there already") for n in "122"] == [0, 1, 2]
     assert len(read_rows(folder / "results" / "pixels-digits.jsonl")) == 2
-    assert shell("run", "pixels-digits", "--seeds", "1", "--results", "elsewhere")[1].startswith("pixels-digits, seed 0: probe pixels ")
+    assert shell("run", "pixels-digits", "--seeds", "1", "--results", "elsewhere")[1].startswith(
+        "pixels-digits, seed 0: probe pixels "
+    )
     assert (folder / "elsewhere" / "pixels-digits.jsonl").exists()
 
 
 def test_stopped_by_hand_says_so_and_goes_on(folder):
     checkpoint, path = folder / "results" / "checkpoints" / "digits-0.safetensors", folder / "results" / "digits.jsonl"
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell that puts the tests into the background has it ignored
-    process = subprocess.Popen([*PROGRAM, "run", "digits", "--seeds", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    for _ in range(6000):  # until the first epoch is done: before it the signal may meet a progress bar that is being made, and Python tells of that
-        if process.poll() is not None or checkpoint.exists() and not re.search(rb'"epoch":"0"', checkpoint.read_bytes()):
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell that puts the tests into the background has it ignored
+    process = subprocess.Popen(
+        [*PROGRAM, "run", "digits", "--seeds", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
+    )
+    for _ in range(
+        6000
+    ):  # until the first epoch is done: before it the signal may meet a progress bar that is being made, and Python tells of that
+        if (
+            process.poll() is not None
+            or checkpoint.exists()
+            and not re.search(rb'"epoch":"0"', checkpoint.read_bytes())
+        ):
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.splitlines()[-1].startswith("ff-research: stopped; ") and "Traceback" not in err
+    assert (
+        process.returncode == 130
+        and err.splitlines()[-1].startswith("ff-research: stopped; ")
+        and "Traceback" not in err
+    )
     assert checkpoint.exists() and read_rows(path) == []
 
 
@@ -147,7 +203,9 @@ def small(monkeypatch):
     "`compare` with recipes that take a moment."
     for name in cli.COMPARED:
         r = recipes.RECIPES[name]
-        monkeypatch.setitem(recipes.RECIPES, name, replace(r, widths=r.widths and (40, 40), epochs=min(2, r.epochs), batch_size=200))
+        monkeypatch.setitem(
+            recipes.RECIPES, name, replace(r, widths=r.widths and (40, 40), epochs=min(2, r.epochs), batch_size=200)
+        )
 
 
 @pytest.mark.parametrize("seeds", ["1", "2"])
@@ -157,15 +215,29 @@ def test_compare(seeds, small, shell, folder):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert tuple(table) == cli.COMPARED and {line["seeds"] for line in table.values()} == {seeds}
-    known = {name: [line[key] != "n/a" for key in ("per-label goodness", "trained head", "linear probe")] for name, line in table.items()}
+    known = {
+        name: [line[key] != "n/a" for key in ("per-label goodness", "trained head", "linear probe")]
+        for name, line in table.items()
+    }
     of = {name: recipes.RECIPES[name] for name in table}
-    assert known == {name: [r.method == "ff" and STRATEGIES[r.strategy].contrasts_labels, r.method == "backprop", True] for name, r in of.items()}
-    assert sorted(r.strategy for r in of.values() if r.method == "ff") == sorted(STRATEGIES) and sum(known[name][0] for name in of) == 4
+    assert known == {
+        name: [r.method == "ff" and STRATEGIES[r.strategy].contrasts_labels, r.method == "backprop", True]
+        for name, r in of.items()
+    }
+    assert (
+        sorted(r.strategy for r in of.values() if r.method == "ff") == sorted(STRATEGIES)
+        and sum(known[name][0] for name in of) == 4
+    )
     assert all(("±" in line["linear probe"]) == (seeds == "2") for line in table.values())
     assert (folder / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     before = {path.name: path.read_bytes() for path in (folder / "results").glob("*.jsonl")}
-    assert shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "again.pdf")[1].split("Figure")[0] == out.split("Figure")[0]
-    assert {path.name: path.read_bytes() for path in (folder / "results").glob("*.jsonl")} == before and (folder / "again.pdf").exists()
+    assert (
+        shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "again.pdf")[1].split("Figure")[0]
+        == out.split("Figure")[0]
+    )
+    assert {path.name: path.read_bytes() for path in (folder / "results").glob("*.jsonl")} == before and (
+        folder / "again.pdf"
+    ).exists()
 
 
 def test_compare_keeps_the_rows_when_the_figure_cannot_be_written(small, shell, folder):
@@ -176,12 +248,14 @@ def test_compare_keeps_the_rows_when_the_figure_cannot_be_written(small, shell, 
 
 def test_drawing_changes_no_settings(small, shell):
     import matplotlib
+
     backend, before = matplotlib.get_backend(), dict(matplotlib.rcParams)
     shell("compare", "--seeds", "1", "--workers", "1")
     assert matplotlib.get_backend() == backend and dict(matplotlib.rcParams) == before
 
 
 # Reading
+
 
 def test_data(shell, folder):
     assert shell("data")[1].split() == ["digits", "mnist", "fashion_mnist", "cifar10"]
@@ -200,14 +274,29 @@ def test_list_shows_every_recipe_and_target(shell):
 def test_table_of_published_and_of_own_rows(shell, folder, monkeypatch):
     for seed in range(3):
         append_row(folder / "results" / "r.jsonl", row(seed=seed))
-    monkeypatch.setattr(results, "published", lambda: [row("loewe", data="mnist"), row("loewe-fashion", data="fashion_mnist")])
+    monkeypatch.setattr(
+        results, "published", lambda: [row("loewe", data="mnist"), row("loewe-fashion", data="fashion_mnist")]
+    )
     table = list(csv.DictReader(io.StringIO(shell("table", "mnist", "--own", "--format", "csv")[1])))
-    assert table == [{"recipe": "r", "data": "mnist", "seeds": "3", "per-label goodness": "2.50 ± 1.00", "trained head": "n/a", "linear probe": "2.00 ± 1.00",
-                      "probe of": "layers 2 to 3", "seconds": "10 ± 0"}]
+    assert table == [
+        {
+            "recipe": "r",
+            "data": "mnist",
+            "seeds": "3",
+            "per-label goodness": "2.50 ± 1.00",
+            "trained head": "n/a",
+            "linear probe": "2.00 ± 1.00",
+            "probe of": "layers 2 to 3",
+            "seconds": "10 ± 0",
+        }
+    ]
     assert "| loewe " in shell("table", "mnist")[1] and "fashion" not in shell("table", "mnist")[1]
     assert "| loewe-fashion " in shell("table", "loewe-fashion")[1]
     assert shell("table", "r", "--own")[0] == 0 and "unknown recipe or data set 'r'" in shell("table", "r")[2]
-    assert "no rows of 'cifar10' are published" in shell("table", "cifar10")[2] and "no rows of 'loewe' in" in shell("table", "loewe", "--own")[2]
+    assert (
+        "no rows of 'cifar10' are published" in shell("table", "cifar10")[2]
+        and "no rows of 'loewe' in" in shell("table", "loewe", "--own")[2]
+    )
 
 
 @pytest.mark.skipif(not (find_spec("great_tables") and find_spec("polars")), reason="needs the extra: book")
@@ -219,10 +308,21 @@ def test_table_as_html(shell, folder):
 
 def test_unknown_format(shell, folder):
     append_row(folder / "results" / "r.jsonl", row())
-    assert shell("table", "r", "--own", "--format", "xlsx")[::2] == (2, "ff-research: unknown format 'xlsx'; known: md, csv, html\n")
+    assert shell("table", "r", "--own", "--format", "xlsx")[::2] == (
+        2,
+        "ff-research: unknown format 'xlsx'; known: md, csv, html\n",
+    )
 
 
-@pytest.mark.parametrize("line, said", [('{"recipe": "r"', "line 2: damaged"), ("[]", "line 2: expected a JSON object"), ('{"recipe": "r", "seed": 0}', "no data.name, no errors"), ("{}", "no recipe")])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"recipe": "r"', "line 2: damaged"),
+        ("[]", "line 2: expected a JSON object"),
+        ('{"recipe": "r", "seed": 0}', "no data.name, no errors"),
+        ("{}", "no recipe"),
+    ],
+)
 def test_strange_files_among_the_rows(line, said, shell, folder):
     append_row(folder / "results" / "r.jsonl", row())
     with open(folder / "results" / "r.jsonl", "a") as f:
@@ -246,6 +346,11 @@ def test_publish(shell, folder, monkeypatch):
 
 def test_bench_prints_what_was_measured(shell, monkeypatch):
     from ff_research import speed
-    monkeypatch.setattr(speed, "step_against_products", lambda **options: dict(share=0.5, low=0.4, high=0.6, step_ms=20.0, products_ms=10.0))
+
+    monkeypatch.setattr(
+        speed,
+        "step_against_products",
+        lambda **options: dict(share=0.5, low=0.4, high=0.6, step_ms=20.0, products_ms=10.0),
+    )
     lines = shell("bench", "--runs", "1")[1].splitlines()
     assert len(lines) == 4 and lines[0] == "fp32, batch 500: products 10.0 ms of a step of 20.0 ms: 50 % (40 to 60)"

@@ -1,4 +1,5 @@
 """Layers that hear each other: one step against autograd, what carries no gradient, special cases, resume, and functional entropy."""
+
 import contextlib
 import copy
 import itertools
@@ -11,7 +12,15 @@ import torch
 from torch import nn
 
 from ff_research.collaboration import contributions, layer_goodness, theta_sweep
-from ff_research.entropy import entropic, entropy_loss, entropy_parts, functional_entropy, goodness_parts, log_goodness, stream_entropy
+from ff_research.entropy import (
+    entropic,
+    entropy_loss,
+    entropy_parts,
+    functional_entropy,
+    goodness_parts,
+    log_goodness,
+    stream_entropy,
+)
 from ff_research.goodness import GoodnessObjective, hinton, mean_activity, sum_of_squares, symba
 from ff_research.layers import Network, normalise, prepare
 from ff_research.readout import label_goodness, per_label_goodness
@@ -29,7 +38,9 @@ def weights(network):
 
 def trained(images, mode, widths=(64, 30, 25, 20), epochs=2, strategy=None, **options):
     network = Network(list(widths), peer=0.03)
-    history = train(network, images, strategy or LABELS(10), epochs=epochs, seed=3, collaboration=mode, **QUIET | options)
+    history = train(
+        network, images, strategy or LABELS(10), epochs=epochs, seed=3, collaboration=mode, **QUIET | options
+    )
     return weights(network), [epoch | dict(seconds=0) for epoch in history.epochs]
 
 
@@ -39,11 +50,19 @@ def same(a, b):
 
 # What a layer hears
 
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 7])
 def test_gammas_are_the_sums_of_the_others(layers):
     g = 1000 * torch.rand(layers, 11, dtype=torch.float64)
     for mode in COLLABORATIONS:
-        expected = torch.stack([sum((g[t] for t in range(layers) if (t < i if mode == "previous" else t != i)), torch.zeros(11).double()) for i in range(layers)])
+        expected = torch.stack(
+            [
+                sum(
+                    (g[t] for t in range(layers) if (t < i if mode == "previous" else t != i)), torch.zeros(11).double()
+                )
+                for i in range(layers)
+            ]
+        )
         torch.testing.assert_close(gammas(g, mode), expected)
     assert torch.equal(gammas(g, "previous")[-1], gammas(g, "all")[-1])
 
@@ -62,12 +81,18 @@ def test_a_loud_layer_does_not_drown_the_others():
 
 # One step
 
-OBJECTIVES = {"hinton": hinton(), "theta 100": hinton(theta=100.0), "symba": symba(), "mean_activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity),
-              "entropic": entropic()}
+OBJECTIVES = {
+    "hinton": hinton(),
+    "theta 100": hinton(theta=100.0),
+    "symba": symba(),
+    "mean_activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity),
+    "entropic": entropic(),
+}
 
 
 class OneBatch(LABELS):
     "Keeps what it gave."
+
     def streams(self, *arguments):
         self.given = super().streams(*arguments)
         return self.given
@@ -80,14 +105,27 @@ def test_a_step_is_autograds_with_detached_sums(digits, objective, mode):
     strategy, lr = OneBatch(10), 0.1
     network = Network([64, 30, 25, 20])
     theirs = copy.deepcopy(network)
-    train(network, digits, strategy, epochs=1, objective=objective, collaboration=mode, lr=lr, weight_decay=0.0, batch_size=2000, **QUIET)
+    train(
+        network,
+        digits,
+        strategy,
+        epochs=1,
+        objective=objective,
+        collaboration=mode,
+        lr=lr,
+        weight_decay=0.0,
+        batch_size=2000,
+        **QUIET,
+    )
     x, hs = prepare(strategy.given, 64).dense(), []
     for layer in theirs.layers:
         hs.append(layer(x))
         x = normalise(hs[-1]).detach()
     own = [objective(h)[1].detach() for h in hs]
     for i, (layer, h) in enumerate(zip(theirs.layers, hs)):
-        heard = sum((g for t, g in enumerate(own) if mode and (t < i or (mode == "all" and t > i))), torch.zeros(len(h)))
+        heard = sum(
+            (g for t, g in enumerate(own) if mode and (t < i or (mode == "all" and t > i))), torch.zeros(len(h))
+        )
         loss, _ = objective(h, gamma=heard)
         grads = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
         for p, grad, mine in zip(layer.parameters(), grads, network.layers[i].parameters()):
@@ -105,12 +143,23 @@ def test_positives_hear_positives_and_negatives_negatives(digits):
                 seen.append((g.detach().clone(), gamma.clone()))
             return loss, g
 
-    train(Network([64, 30, 20]), digits, LABELS(10), epochs=1, objective=Spy(theta="units"), collaboration="all", lr=0.0, batch_size=2000, **QUIET)
+    train(
+        Network([64, 30, 20]),
+        digits,
+        LABELS(10),
+        epochs=1,
+        objective=Spy(theta="units"),
+        collaboration="all",
+        lr=0.0,
+        batch_size=2000,
+        **QUIET,
+    )
     (g_1, gamma_1), (g_2, gamma_2) = seen
     assert torch.equal(gamma_1, g_2) and torch.equal(gamma_2, g_1) and not torch.allclose(*g_1.chunk(2))
 
 
 # Runs
+
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("mode", COLLABORATIONS)
@@ -141,7 +190,9 @@ def test_greedy_hears_what_frozen_layers_say(digits, mode):
     strategy = LABELS(10)
     network = Network([64, 30, 25, 20])
     start = copy.deepcopy(network)
-    options = dict(schedule="greedy", collaboration=mode, lr=[0.0, 0.1, 0.0], weight_decay=0.0, batch_size=2000, **QUIET)
+    options = dict(
+        schedule="greedy", collaboration=mode, lr=[0.0, 0.1, 0.0], weight_decay=0.0, batch_size=2000, **QUIET
+    )
     train(network, digits, strategy, epochs=1, seed=5, **options)
     generator = torch.Generator().manual_seed(5)
     for _ in range(2):  # what the run drew: negatives and an order for each layer
@@ -161,7 +212,9 @@ def test_rounds_cut_the_epochs(digits):
     plain = trained(digits, None, schedule="greedy", epochs=4)
     assert same(plain, trained(digits, None, schedule="greedy", epochs=4, rounds=1))
     turns = trained(digits, "all", schedule="greedy", epochs=4, rounds=4)
-    assert len(turns[1]) == len(plain[1]) == 12 and not torch.equal(turns[0], trained(digits, "all", schedule="greedy", epochs=4)[0])
+    assert len(turns[1]) == len(plain[1]) == 12 and not torch.equal(
+        turns[0], trained(digits, "all", schedule="greedy", epochs=4)[0]
+    )
 
 
 class Convolution(nn.Module):
@@ -178,7 +231,10 @@ class Convolution(nn.Module):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("mode", COLLABORATIONS)
 def test_other_layers_and_precisions(digits, schedule, mode):
-    for network, options in ((Network([Convolution(1, 4), Convolution(4, 4)]), dict(optimizer="adamw", lr=3e-3)), (Network([64, 30, 30]), dict(precision="bf16"))):
+    for network, options in (
+        (Network([Convolution(1, 4), Convolution(4, 4)]), dict(optimizer="adamw", lr=3e-3)),
+        (Network([64, 30, 30]), dict(precision="bf16")),
+    ):
         history = train(network, digits, LABELS(10), epochs=1, schedule=schedule, collaboration=mode, **QUIET | options)
         assert all(math.isfinite(value) for epoch in history.column("loss") for value in epoch)
 
@@ -189,6 +245,7 @@ class PowerCut(Exception):
 
 class Cut(LABELS):
     "Fails after so many draws of negatives."
+
     left = 10**9
 
     def count(self):
@@ -225,17 +282,20 @@ def test_checkpoints_of_plain_runs_do_not_mention_collaboration(digits, tmp_path
         trained(digits, "all", checkpoint=path)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(collaboration="al"), "unknown collaboration 'al'; did you mean 'all'?"),
-    (dict(collaboration="previuos"), "did you mean 'previous'?"),
-    (dict(collaboration=0.7), "unknown collaboration 0.7"),
-    (dict(collaboration=True), "unknown collaboration True"),
-    (dict(collaboration="all", strategy=STRATEGIES["layer_wise"](10)), "layer_wise draws negatives between layers"),
-    (dict(collaboration="all", strategy=STRATEGIES["mono_forward"](10)), "mono_forward has no negatives"),
-    (dict(rounds=2), "rounds=2: expected 1, or with schedule='greedy'"),
-    (dict(rounds=0, schedule="greedy"), "rounds=0"),
-    (dict(rounds=3, schedule="greedy"), "a divisor of epochs=4"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(collaboration="al"), "unknown collaboration 'al'; did you mean 'all'?"),
+        (dict(collaboration="previuos"), "did you mean 'previous'?"),
+        (dict(collaboration=0.7), "unknown collaboration 0.7"),
+        (dict(collaboration=True), "unknown collaboration True"),
+        (dict(collaboration="all", strategy=STRATEGIES["layer_wise"](10)), "layer_wise draws negatives between layers"),
+        (dict(collaboration="all", strategy=STRATEGIES["mono_forward"](10)), "mono_forward has no negatives"),
+        (dict(rounds=2), "rounds=2: expected 1, or with schedule='greedy'"),
+        (dict(rounds=0, schedule="greedy"), "rounds=0"),
+        (dict(rounds=3, schedule="greedy"), "a divisor of epochs=4"),
+    ],
+)
 def test_impossible_settings(digits, options, message):
     network = Network([64, 30, 30])
     start = weights(network).clone()
@@ -251,7 +311,9 @@ def test_a_diverging_run_says_where(digits):
 
 def test_one_objective_for_each_layer(digits):
     shared, own = (weights_with(digits, objective) for objective in (hinton(theta=40.0), [hinton(theta=40.0)] * 2))
-    assert torch.equal(shared, own) and not torch.equal(shared, weights_with(digits, [hinton(theta=40.0), hinton(theta=80.0)]))
+    assert torch.equal(shared, own) and not torch.equal(
+        shared, weights_with(digits, [hinton(theta=40.0), hinton(theta=80.0)])
+    )
     with pytest.raises(ValueError, match="3 objectives: expected one, or one for each of the 2 layers"):
         weights_with(digits, [hinton()] * 3)
 
@@ -264,12 +326,16 @@ def weights_with(digits, objective):
 
 # Who does the work
 
+
 def test_layer_goodness_sums_to_the_readout(digits):
     for network in (Network([64, 30, 20, 10]), Network([Convolution(1, 4), Convolution(4, 4)])):
         g = layer_goodness(network, digits.x_test[:70], 10, batch_size=32, precision="fp32", device="cpu")
         assert g.shape == (len(network.layers), 70, 10)
         for first in (1, 2):
-            torch.testing.assert_close(g[first - 1:].sum(0), label_goodness(network, digits.x_test[:70], 10, first=first, precision="fp32", device="cpu"))
+            torch.testing.assert_close(
+                g[first - 1 :].sum(0),
+                label_goodness(network, digits.x_test[:70], 10, first=first, precision="fp32", device="cpu"),
+            )
 
 
 def test_contributions(digits):
@@ -287,11 +353,17 @@ def test_contributions(digits):
 
 def test_theta_sweep_leaves_the_test_images_unread(digits):
     blind = replace(digits, x_test=torch.zeros_like(digits.x_test), y_test=torch.zeros_like(digits.y_test))
-    a, b = (theta_sweep([64, 30, 30], images, LABELS(10), [0.5, 1.0], (0, 1), collaboration="all", epochs=3, lr=0.01, **QUIET) for images in (digits, blind))
+    a, b = (
+        theta_sweep(
+            [64, 30, 30], images, LABELS(10), [0.5, 1.0], (0, 1), collaboration="all", epochs=3, lr=0.01, **QUIET
+        )
+        for images in (digits, blind)
+    )
     assert a.shape == (2, 2) and torch.equal(a, b) and a.unique().numel() > 1
 
 
 # Functional entropy
+
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 2), (5, 40), (3, 4, 17)])
 @pytest.mark.parametrize("power", [0, 1, 8])
@@ -305,7 +377,9 @@ def test_parts_add_up_and_are_not_negative(shape, power):
     torch.testing.assert_close(functional_entropy(h, dim=(-2, -1)), parts["total"])
     for _ in range(3):  # no test function beats the entropy: E[h phi] <= Ent(h) + E[h] log E[exp(phi)]
         phi = torch.randn(shape, dtype=torch.float64)
-        assert ((h * phi).mean((-2, -1)) <= parts["total"] + h.mean((-2, -1)) * phi.exp().mean((-2, -1)).log() + 1e-9).all()
+        assert (
+            (h * phi).mean((-2, -1)) <= parts["total"] + h.mean((-2, -1)) * phi.exp().mean((-2, -1)).log() + 1e-9
+        ).all()
 
 
 def test_entropy_of_extremes():
@@ -313,7 +387,9 @@ def test_entropy_of_extremes():
     assert functional_entropy(torch.tensor([1e300, 1e300], dtype=torch.float64)) == 0
     assert all(part == 0 for part in entropy_parts(torch.zeros(2, 3)).values())
     assert all(torch.isfinite(part) for part in entropy_parts(torch.tensor([[0.0, 0.0], [0.0, 5.0]])).values())
-    assert torch.equal(functional_entropy(torch.arange(12).view(3, 4), dim=1)[1], functional_entropy(torch.arange(4, 8)))
+    assert torch.equal(
+        functional_entropy(torch.arange(12).view(3, 4), dim=1)[1], functional_entropy(torch.arange(4, 8))
+    )
     for bad in ([1.0, -1e-9], [math.nan, 1.0], [math.inf], []):
         with pytest.raises(ValueError, match="at least one"):
             functional_entropy(torch.tensor(bad))
@@ -334,7 +410,14 @@ def test_entropic_objective_trains_without_a_threshold(digits):
     for mode in MODES:
         network = Network([64, 60, 60])
         train(network, digits, LABELS(10), epochs=10, objective=entropic(), collaboration=mode, lr=0.1, **QUIET)
-        error = per_label_goodness(network, digits, first=1, goodness=log_goodness if mode is None else sum_of_squares, precision="fp32", device="cpu")
+        error = per_label_goodness(
+            network,
+            digits,
+            first=1,
+            goodness=log_goodness if mode is None else sum_of_squares,
+            precision="fp32",
+            device="cpu",
+        )
         assert error < 40, (mode, error)
 
 
@@ -342,9 +425,13 @@ def test_an_account_of_goodness_is_that_of_its_parts(digits):
     network = Network([64, 30, 25, 20], seed=5)
     where = dict(precision="fp32", device="cpu")
     found, g = goodness_parts(network, digits, **where), layer_goodness(network, digits.x_test, 10, **where).double()
-    assert found["sum"] == contributions(network, digits, **where) and found["log"] == contributions(network, digits, goodness=log_goodness, **where)
+    assert found["sum"] == contributions(network, digits, **where) and found["log"] == contributions(
+        network, digits, goodness=log_goodness, **where
+    )
     assert found["goodness"] == pytest.approx(g.mean((1, 2)).tolist())
-    whole = torch.xlogy(g / g.mean(), g / g.mean()).mean().item()  # functional entropy of the goodness by its mean, from the definition
+    whole = (
+        torch.xlogy(g / g.mean(), g / g.mean()).mean().item()
+    )  # functional entropy of the goodness by its mean, from the definition
     assert found["entropy"]["total"] == pytest.approx(whole, abs=1e-9)
     each = [torch.xlogy(h / h.mean(), h / h.mean()).mean().item() for h in g.transpose(0, 1)]
     assert found["labels"]["total"] == pytest.approx(sum(each) / len(each), abs=1e-9)
@@ -355,7 +442,9 @@ def test_an_account_of_goodness_is_that_of_its_parts(digits):
         for layer in scaled.layers:
             layer.weight *= 7  # all layers louder alike: entropies by the mean stay
     again = goodness_parts(scaled, digits, **where)
-    assert again["labels"] == pytest.approx(found["labels"], abs=1e-5) and again["goodness"] == pytest.approx([49 * v for v in found["goodness"]], rel=1e-4)
+    assert again["labels"] == pytest.approx(found["labels"], abs=1e-5) and again["goodness"] == pytest.approx(
+        [49 * v for v in found["goodness"]], rel=1e-4
+    )
 
 
 def test_an_account_of_silence_holds_no_nan(digits):
@@ -364,7 +453,9 @@ def test_an_account_of_silence_holds_no_nan(digits):
         for layer in network.layers:
             layer.weight.zero_()
     found = goodness_parts(network, digits, precision="fp32", device="cpu")
-    assert all(math.isfinite(v) for part in ("entropy", "labels") for v in found[part].values()) and found["goodness"] == [0, 0]
+    assert all(math.isfinite(v) for part in ("entropy", "labels") for v in found[part].values()) and found[
+        "goodness"
+    ] == [0, 0]
 
 
 def test_entropy_of_the_streams(digits):

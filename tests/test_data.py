@@ -1,4 +1,5 @@
 """Data sets from files that are damaged, folders that cannot be written, and downloads that fail halfway."""
+
 import io
 import random
 import warnings
@@ -10,7 +11,17 @@ import pytest
 import torch
 import torchvision
 
-from ff_research.data import Images, as_float, centred, data_root, from_arrays, hold_out, load, load_npz, validation_size
+from ff_research.data import (
+    Images,
+    as_float,
+    centred,
+    data_root,
+    from_arrays,
+    hold_out,
+    load,
+    load_npz,
+    validation_size,
+)
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -33,6 +44,7 @@ def same(images, expected):
 
 
 # Images
+
 
 def test_images_are_frozen_and_compared_by_identity():
     images = from_arrays("a", **arrays())
@@ -70,36 +82,44 @@ GREY = np.random.default_rng(0).random((6, 5, 4))
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(x_train=np.where(np.arange(6)[:, None, None] == 4, np.nan, GREY)), "x_train holds NaN or infinite pixels, first in image 4"),
-    (dict(x_test=GREY[:3] * np.inf), "x_test holds NaN or infinite"),
-    (dict(x_train=-GREY), "range from"),
-    (dict(x_train=GREY * 1e30), "range from"),
-    (dict(x_train=(GREY * 255).astype(np.int64) + 1000), "0…255"),
-    (dict(x_train=GREY.astype(complex)), "complex"),
-    (dict(x_train=GREY > 0.5), "bool"),
-    (dict(x_train=np.full((6, 5, 4), "a")), "expected numbers"),
-    (dict(x_train=np.full((6, 5, 4), None)), "object"),
-    (dict(x_train=GREY[0]), "shape (5, 4)"),
-    (dict(x_train=GREY[None, None]), "shape"),
-    (dict(x_train=7), "shape ()"),
-    (dict(x_train=GREY[:, :0]), "none of them 0"),
-    (dict(x_test=GREY[:0], y_test=LABELS[:0]), "x_test has shape"),
-    (dict(x_test=GREY[:3, :, :3]), "test images [1, 5, 3]"),
-    (dict(y_train=LABELS[:5]), "5 labels for 6 images"),
-    (dict(y_test=LABELS[:2]), "2 labels for 3 images"),
-    (dict(y_train=LABELS - 1), "label -1"),
-    (dict(y_train=LABELS.astype(float)), "float64"),
-    (dict(y_train=LABELS > 0), "bool"),
-    (dict(y_train=np.array(list("abcabc"))), "one integer per image"),
-    (dict(y_train=np.eye(3, dtype=int)[LABELS]), "[6, 3]"),
-    (dict(y_train=LABELS * 0), "one class only"),
-    (dict(y_train=np.array([0, 1, 2, 0, 1, 900])), "label 900"),
-    (dict(y_test=np.array([0, 1, 3])), "which y_train (0…2) lacks"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            dict(x_train=np.where(np.arange(6)[:, None, None] == 4, np.nan, GREY)),
+            "x_train holds NaN or infinite pixels, first in image 4",
+        ),
+        (dict(x_test=GREY[:3] * np.inf), "x_test holds NaN or infinite"),
+        (dict(x_train=-GREY), "range from"),
+        (dict(x_train=GREY * 1e30), "range from"),
+        (dict(x_train=(GREY * 255).astype(np.int64) + 1000), "0…255"),
+        (dict(x_train=GREY.astype(complex)), "complex"),
+        (dict(x_train=GREY > 0.5), "bool"),
+        (dict(x_train=np.full((6, 5, 4), "a")), "expected numbers"),
+        (dict(x_train=np.full((6, 5, 4), None)), "object"),
+        (dict(x_train=GREY[0]), "shape (5, 4)"),
+        (dict(x_train=GREY[None, None]), "shape"),
+        (dict(x_train=7), "shape ()"),
+        (dict(x_train=GREY[:, :0]), "none of them 0"),
+        (dict(x_test=GREY[:0], y_test=LABELS[:0]), "x_test has shape"),
+        (dict(x_test=GREY[:3, :, :3]), "test images [1, 5, 3]"),
+        (dict(y_train=LABELS[:5]), "5 labels for 6 images"),
+        (dict(y_test=LABELS[:2]), "2 labels for 3 images"),
+        (dict(y_train=LABELS - 1), "label -1"),
+        (dict(y_train=LABELS.astype(float)), "float64"),
+        (dict(y_train=LABELS > 0), "bool"),
+        (dict(y_train=np.array(list("abcabc"))), "one integer per image"),
+        (dict(y_train=np.eye(3, dtype=int)[LABELS]), "[6, 3]"),
+        (dict(y_train=LABELS * 0), "one class only"),
+        (dict(y_train=np.array([0, 1, 2, 0, 1, 900])), "label 900"),
+        (dict(y_test=np.array([0, 1, 3])), "which y_train (0…2) lacks"),
+    ],
+)
 def test_unusable_arrays_are_refused(change, words):
     with pytest.raises(ValueError, match=r"^here: ") as error:
-        from_arrays("mine", **(dict(x_train=GREY, y_train=LABELS, x_test=GREY[:3], y_test=LABELS[:3]) | change), source="here")
+        from_arrays(
+            "mine", **(dict(x_train=GREY, y_train=LABELS, x_test=GREY[:3], y_test=LABELS[:3]) | change), source="here"
+        )
     assert words in str(error.value)
 
 
@@ -140,7 +160,10 @@ def test_hold_out_never_hands_on_a_test_image():
 
 def test_validation_sizes():
     images = from_arrays("a", **arrays())
-    sizes = {name: validation_size(replace(images, name=name)) for name in ("digits", "mnist", "fashion_mnist", "cifar10", "a")}
+    sizes = {
+        name: validation_size(replace(images, name=name))
+        for name in ("digits", "mnist", "fashion_mnist", "cifar10", "a")
+    }
     assert sizes == {"digits": 300, "mnist": 10_000, "fashion_mnist": 10_000, "cifar10": 5_000, "a": 2}
     assert validation_size(replace(images, name="mnist, centred to 10")) == 10_000
 
@@ -156,7 +179,11 @@ def test_centred_images_have_mean_zero_and_their_energy(energy, floats):
     assert middle.x_train.flatten(1).square().sum(1).mean().item() == pytest.approx(energy, rel=1e-4)
     # one affine map for both parts, whose statistics are those of the training images
     mean = as_float(images.x_train).mean(0)
-    assert torch.allclose(as_float(images.x_test) - mean, middle.x_test * (as_float(images.x_train) - mean).norm() / middle.x_train.norm(), atol=1e-5)
+    assert torch.allclose(
+        as_float(images.x_test) - mean,
+        middle.x_test * (as_float(images.x_train) - mean).norm() / middle.x_train.norm(),
+        atol=1e-5,
+    )
     assert torch.equal(kept[0], images.x_train) and torch.equal(kept[1], images.x_test)
     other = centred(replace(images, x_test=images.x_test.flip(0)[:7]), energy)
     assert torch.equal(other.x_train, middle.x_train)
@@ -173,6 +200,7 @@ def test_images_that_cannot_be_centred(energy):
 
 
 # Files
+
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_file_cut_anywhere_is_refused_by_name(tmp_path, save):
@@ -205,6 +233,7 @@ def test_a_flipped_byte_is_refused_by_name_or_harmless(tmp_path, save):
 
 class Evil:
     "Unpickled, it leaves a trace."
+
     def __init__(self, trace):
         self.trace = trace
 
@@ -226,6 +255,7 @@ def test_nothing_is_ever_unpickled(tmp_path, key):
 
 def test_a_bare_pickle_is_refused(tmp_path):
     import pickle
+
     trace, path = tmp_path / "trace", tmp_path / "evil.npz"
     path.write_bytes(pickle.dumps(Evil(trace)))
     with pytest.raises(ValueError, match="damaged"):
@@ -269,7 +299,12 @@ def test_own_data_of_any_shape(tmp_path, monkeypatch):
     expected = arrays(train=60, test=30, classes=26, shape=(3, 7, 4))
     np.savez(tmp_path / "letters.npz", **expected, notes=np.array("what else is in the file does not matter"))
     images = load(tmp_path / "letters.npz")
-    assert same(images, expected) and (images.name, images.shape, images.num_pixels, images.num_classes) == ("letters", (3, 7, 4), 84, 26)
+    assert same(images, expected) and (images.name, images.shape, images.num_pixels, images.num_classes) == (
+        "letters",
+        (3, 7, 4),
+        84,
+        26,
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("letters.npz", "./letters.npz", "~/letters.npz", str(tmp_path / "letters.npz")):
@@ -278,7 +313,17 @@ def test_own_data_of_any_shape(tmp_path, monkeypatch):
 
 # Names and folders
 
-@pytest.mark.parametrize("name, near", [("MNIST", "mnist"), ("fashion", "fashion_mnist"), ("Fashion-MNIST", "fashion_mnist"), ("cifar-10", "cifar10"), ("digit", "digits")])
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("MNIST", "mnist"),
+        ("fashion", "fashion_mnist"),
+        ("Fashion-MNIST", "fashion_mnist"),
+        ("cifar-10", "cifar10"),
+        ("digit", "digits"),
+    ],
+)
 def test_an_unknown_name_is_answered_with_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"unknown data set '{name}'; did you mean '{near}'"):
         load(name)
@@ -286,7 +331,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, near):
 
 @pytest.mark.parametrize("name", ["", "xyzzy"])
 def test_a_name_like_no_other_is_answered_with_all(name):
-    with pytest.raises(ValueError, match=f"unknown data set '{name}' Known: digits, mnist, fashion_mnist, cifar10, or the path"):
+    with pytest.raises(
+        ValueError, match=f"unknown data set '{name}' Known: digits, mnist, fashion_mnist, cifar10, or the path"
+    ):
         load(name)
 
 
@@ -320,8 +367,10 @@ def test_stored_sets_are_read_from_the_folder_of_the_variable(tmp_path, monkeypa
 
 # Downloads
 
+
 class Fetch:
     "Stands in for a data set of torchvision; `fails` names the call that fails, if one is to."
+
     calls, fails, error = 0, None, OSError("no route to host")
 
     def __init__(self, root, train, download):
@@ -356,7 +405,10 @@ def test_colour_comes_channels_first(tmp_path, monkeypatch):
     class Colour:
         def __init__(self, root, train, download):
             part = "train" if train else "test"
-            self.data, self.targets = expected[f"x_{part}"].transpose(0, 2, 3, 1), expected[f"y_{part}"].tolist()  # as torchvision has them
+            self.data, self.targets = (
+                expected[f"x_{part}"].transpose(0, 2, 3, 1),
+                expected[f"y_{part}"].tolist(),
+            )  # as torchvision has them
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Colour)
     assert same(load("cifar10", root=tmp_path), expected)
@@ -408,11 +460,24 @@ def test_a_folder_that_cannot_be_written(tmp_path, fetch):
 
 # The real sets, where they are
 
-@pytest.mark.parametrize("name, sizes, shape, mean, std", [
-    pytest.param("mnist", (60_000, 10_000), (1, 28, 28), [0.1307], [0.3081], marks=pytest.mark.data("mnist")),
-    pytest.param("fashion_mnist", (60_000, 10_000), (1, 28, 28), [0.2860], [0.3530], marks=pytest.mark.data("fashion_mnist")),
-    pytest.param("cifar10", (50_000, 10_000), (3, 32, 32), [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], marks=pytest.mark.data("cifar10")),
-])
+
+@pytest.mark.parametrize(
+    "name, sizes, shape, mean, std",
+    [
+        pytest.param("mnist", (60_000, 10_000), (1, 28, 28), [0.1307], [0.3081], marks=pytest.mark.data("mnist")),
+        pytest.param(
+            "fashion_mnist", (60_000, 10_000), (1, 28, 28), [0.2860], [0.3530], marks=pytest.mark.data("fashion_mnist")
+        ),
+        pytest.param(
+            "cifar10",
+            (50_000, 10_000),
+            (3, 32, 32),
+            [0.4914, 0.4822, 0.4465],
+            [0.2470, 0.2435, 0.2616],
+            marks=pytest.mark.data("cifar10"),
+        ),
+    ],
+)
 def test_public_sets_are_what_everybody_calls_by_their_name(name, sizes, shape, mean, std):
     images = load(name)
     assert (len(images.y_train), len(images.y_test)) == sizes and images.shape == shape and images.num_classes == 10
@@ -421,15 +486,22 @@ def test_public_sets_are_what_everybody_calls_by_their_name(name, sizes, shape, 
         assert pixels[:, channel].mean() / 255 == pytest.approx(mean[channel], abs=1e-4)
         assert pixels[:, channel].std() / 255 == pytest.approx(std[channel], abs=1e-4)
     counts = torch.bincount(images.y_train)
-    assert counts.tolist() == ([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949] if name == "mnist" else [sizes[0] // 10] * 10)
+    assert counts.tolist() == (
+        [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949] if name == "mnist" else [sizes[0] // 10] * 10
+    )
 
 
 def test_digits_are_all_there_and_split_the_same_way_every_time():
     from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     one, two = load("digits"), load("digits")
     assert isinstance(one, Images) and all(torch.equal(getattr(one, key), getattr(two, key)) for key in KEYS)
     assert (len(one.y_train), len(one.y_test)) == (1437, 360)
-    ours = sorted((*row.flatten().tolist(), label) for images, labels in ((one.x_train, one.y_train), (one.x_test, one.y_test)) for row, label in zip(images, labels.tolist()))
+    ours = sorted(
+        (*row.flatten().tolist(), label)
+        for images, labels in ((one.x_train, one.y_train), (one.x_test, one.y_test))
+        for row, label in zip(images, labels.tolist())
+    )
     theirs = sorted((*row, label) for row, label in zip((x * 255 / 16).round().astype(int).tolist(), y.tolist()))
     assert ours == theirs

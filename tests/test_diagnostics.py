@@ -1,4 +1,5 @@
 """The diagnostics on what users may hand over: odd shapes, scales and numbers, layers of their own, strategies with a state."""
+
 import copy
 import json
 
@@ -8,7 +9,18 @@ import torch
 from torch import nn
 
 from ff_research.data import Images
-from ff_research.diagnostics import dead_units, diagnose, diversity, effective_rank, mmd, overlap, pair_correlation, pair_error, participation_ratio, two_sample_error
+from ff_research.diagnostics import (
+    dead_units,
+    diagnose,
+    diversity,
+    effective_rank,
+    mmd,
+    overlap,
+    pair_correlation,
+    pair_error,
+    participation_ratio,
+    two_sample_error,
+)
 from ff_research.layers import Network
 from ff_research.strategies import STRATEGIES, make_strategy
 
@@ -32,6 +44,7 @@ def network():
 
 
 # The measures
+
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "ties"])
 def test_overlap_is_its_definition(rounded):
@@ -77,7 +90,7 @@ def test_pairs_stay_together():
 def test_two_sample_error_sees_more_than_means():
     x = numbers(400, 4)
     related = x.clone()
-    related[:, 1] = x[:, 0] * numbers(400, seed=1).sign()                   # the same means and variances, and no correlation
+    related[:, 1] = x[:, 0] * numbers(400, seed=1).sign()  # the same means and variances, and no correlation
     assert two_sample_error(x, related) < 42
     assert two_sample_error(x, numbers(400, 4, seed=2)) > 44
     assert two_sample_error(x, -x.abs()) < 10
@@ -87,13 +100,13 @@ def test_two_sample_error_is_pure():
     x, y, state = numbers(60, 3, 4), numbers(60, 3, 4, seed=1) + 0.2, torch.get_rng_state()
     assert two_sample_error(x, y, seed=1) == two_sample_error(x, y, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert two_sample_error(torch.zeros(8, 5), torch.zeros(8, 5)) == 50     # nothing to see
+    assert two_sample_error(torch.zeros(8, 5), torch.zeros(8, 5)) == 50  # nothing to see
 
 
 def mmd_by_definition(x, y):
     both = torch.cat([x, y]).double()
     width = torch.nn.functional.pdist(both).median()
-    k = torch.exp(-torch.cdist(both, both) ** 2 / (2 * width**2))
+    k = torch.exp(-(torch.cdist(both, both) ** 2) / (2 * width**2))
     n, m = len(x), len(y)
     off = (~torch.eye(n, dtype=torch.bool)).double() if n == m else torch.ones(n, m)
     xx, yy, xy = k[:n, :n], k[n:, n:], k[:n, n:]
@@ -128,7 +141,7 @@ def test_diversity_by_definition():
 
 def test_ranks_of_known_spectra():
     z = numbers(60, 8).double()
-    q = torch.linalg.qr(z - z.mean(0))[0]                                   # orthonormal columns, each of mean 0
+    q = torch.linalg.qr(z - z.mean(0))[0]  # orthonormal columns, each of mean 0
     s = torch.tensor([4.0, 2, 1, 1], dtype=torch.float64)
     h, p = q[:, :4] * s, s / s.sum()
     assert effective_rank(h) == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), abs=1e-6)
@@ -152,13 +165,26 @@ def test_dead_units():
     assert dead_units(h) == 3 / 8 and dead_units(h[:, 3:]) == 0 and dead_units(torch.zeros(4, 2)) == 1
 
 
-TWO = {"overlap": overlap, "pair_error": pair_error, "pair_correlation": pair_correlation, "two_sample_error": two_sample_error, "mmd": mmd}
+TWO = {
+    "overlap": overlap,
+    "pair_error": pair_error,
+    "pair_correlation": pair_correlation,
+    "two_sample_error": two_sample_error,
+    "mmd": mmd,
+}
 
 
 @pytest.mark.parametrize("name", TWO)
-@pytest.mark.parametrize("spoiled, message", [
-    (lambda x: x[:0], "shape"), (lambda x: x.clone().fill_(float("nan")), "NaN"), (lambda x: x.clone().fill_(float("inf")), "infinite"),
-    (lambda x: x[:, None].repeat(1, 3), "numbers"), (lambda x: torch.tensor(1.0), "shape")])
+@pytest.mark.parametrize(
+    "spoiled, message",
+    [
+        (lambda x: x[:0], "shape"),
+        (lambda x: x.clone().fill_(float("nan")), "NaN"),
+        (lambda x: x.clone().fill_(float("inf")), "infinite"),
+        (lambda x: x[:, None].repeat(1, 3), "numbers"),
+        (lambda x: torch.tensor(1.0), "shape"),
+    ],
+)
 def test_two_sets_that_have_no_answer(name, spoiled, message):
     x = numbers(10)
     for pair in ((spoiled(x), x), (x, spoiled(x))):
@@ -168,8 +194,17 @@ def test_two_sets_that_have_no_answer(name, spoiled, message):
 
 def test_too_few():
     x = numbers(10, 3)
-    for action in (lambda: two_sample_error(x[:3], x[:3]), lambda: two_sample_error(x, x[:9]), lambda: mmd(x[:1], x), lambda: diversity(x), lambda: diversity(x[None]),
-                   lambda: diversity(torch.ones(2, 1, 3)), lambda: effective_rank(x[:1]), lambda: participation_ratio(x[:, :0]), lambda: dead_units(x[:0])):
+    for action in (
+        lambda: two_sample_error(x[:3], x[:3]),
+        lambda: two_sample_error(x, x[:9]),
+        lambda: mmd(x[:1], x),
+        lambda: diversity(x),
+        lambda: diversity(x[None]),
+        lambda: diversity(torch.ones(2, 1, 3)),
+        lambda: effective_rank(x[:1]),
+        lambda: participation_ratio(x[:, :0]),
+        lambda: dead_units(x[:0]),
+    ):
         with pytest.raises(ValueError):
             action()
     for measure in (effective_rank, participation_ratio, dead_units, lambda h: diversity(torch.stack([h, h]))):
@@ -179,35 +214,57 @@ def test_too_few():
 
 # diagnose
 
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy(images, network, name):
     strategy = make_strategy(name, 4)
     strategy.begin(network)
-    weights, learned, state = copy.deepcopy(network.state_dict()), copy.deepcopy(strategy.tensors()), torch.get_rng_state()
+    weights, learned, state = (
+        copy.deepcopy(network.state_dict()),
+        copy.deepcopy(strategy.tensors()),
+        torch.get_rng_state(),
+    )
     report = diagnose(network, images, strategy, seed=3, **QUIET)
     assert report == json.loads(json.dumps(report)) == diagnose(network, images, strategy, seed=3, **QUIET)
     assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
     assert all(torch.equal(learned[key], value) for key, value in strategy.tensors().items())
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(report["layers"]) == {"overlap", "pair_error", "pair_correlation", "effective_rank", "participation_ratio", "dead_units"}
+    assert set(report["layers"]) == {
+        "overlap",
+        "pair_error",
+        "pair_correlation",
+        "effective_rank",
+        "participation_ratio",
+        "dead_units",
+    }
     assert all(len(values) == 2 for values in report["layers"].values() if values is not None)
     if not strategy.has_negatives:
-        assert report["negatives"] is report["layers"]["overlap"] is report["layers"]["pair_error"] is report["layers"]["pair_correlation"] is None
+        assert (
+            report["negatives"]
+            is report["layers"]["overlap"]
+            is report["layers"]["pair_error"]
+            is report["layers"]["pair_correlation"]
+            is None
+        )
         return
     negatives = report["negatives"]
     assert set(negatives) == {"two_sample_error", "mmd", "diversity", "hardness_untrained"}
-    assert negatives["hardness_untrained"] == report["layers"]["overlap"]   # the network is untrained, and of this seed
-    assert 0 <= negatives["two_sample_error"] <= 100 and all(0 <= v <= 1 for v in report["layers"]["overlap"] + report["layers"]["pair_error"])
+    assert negatives["hardness_untrained"] == report["layers"]["overlap"]  # the network is untrained, and of this seed
+    assert 0 <= negatives["two_sample_error"] <= 100 and all(
+        0 <= v <= 1 for v in report["layers"]["overlap"] + report["layers"]["pair_error"]
+    )
     assert all(-1 <= v <= 1 for v in report["layers"]["pair_correlation"])
 
 
 def test_negatives_between_layers_are_drawn_there(images, network):
     "Layer 2 reads what `between` gives it, not what layer 1 makes of the negatives."
+
     class Same(STRATEGIES["layer_wise"]):
         name = "same"
 
         def between(self, h, y, layer, generator=None):
-            return torch.cat([h[:len(y)], h[:len(y)]])
+            return torch.cat([h[: len(y)], h[: len(y)]])
+
     assert diagnose(network, images, Same(4), **QUIET)["layers"]["overlap"][1] == 0.5
 
 
@@ -243,7 +300,9 @@ def test_layers_of_ones_own(images):
     state, strategy = torch.get_rng_state(), make_strategy("masking", 4)
     reports = [diagnose(n, images, strategy, **QUIET) for n in (a, b)]
     assert torch.equal(torch.get_rng_state(), state)
-    assert reports[0]["negatives"]["hardness_untrained"] == reports[1]["negatives"]["hardness_untrained"]  # whatever weights the network has
+    assert (
+        reports[0]["negatives"]["hardness_untrained"] == reports[1]["negatives"]["hardness_untrained"]
+    )  # whatever weights the network has
     assert reports[0]["layers"]["effective_rank"] != reports[1]["layers"]["effective_rank"]
     assert diagnose(Network([Stubborn()]), images, strategy, **QUIET)["negatives"]["hardness_untrained"] is None
 
@@ -274,4 +333,8 @@ def test_a_silent_layer_is_no_error(images, network):
         network.layers[0].weight.fill_(-1.0)
     report = diagnose(network, images, make_strategy("label_embedding", 4), **QUIET)["layers"]
     assert report["effective_rank"] == report["participation_ratio"] == [0, 0]
-    assert report["dead_units"] == [1, 1] and report["overlap"] == report["pair_error"] == [0.5, 0.5] and report["pair_correlation"] == [0, 0]
+    assert (
+        report["dead_units"] == [1, 1]
+        and report["overlap"] == report["pair_error"] == [0.5, 0.5]
+        and report["pair_correlation"] == [0, 0]
+    )

@@ -2,6 +2,7 @@
 
 They run in processes of their own, whose children are forked: a fork needs a parent in which nothing was trained yet.
 """
+
 import json
 import subprocess
 import sys
@@ -17,15 +18,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def lines(module, out, *options, timeout=500):
     "What a module of tests.faults writes, a dictionary a line; its output if it failed."
-    done = subprocess.run([sys.executable, "-m", f"tests.faults.{module}", *map(str, options), "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [], done.returncode, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.faults.{module}", *map(str, options), "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return (
+        [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [],
+        done.returncode,
+        done.stdout + done.stderr,
+    )
 
 
 def test_killed_runs_resume_to_the_same_bits_and_one_row(tmp_path):
     found, code, said = lines("kills", tmp_path / "kills.jsonl", "--count", 15, "--seed", 1)
     assert code == 0, said
-    assert {(line["phase"], line["signal"]) for line in found} == {(phase, stop.name) for phase in PHASES for stop in SIGNALS}
-    assert all(line["survived"] == line["stopped"] == 1 and line["rows_lost"] == line["rows_doubled"] == 0 for line in found)
+    assert {(line["phase"], line["signal"]) for line in found} == {
+        (phase, stop.name) for phase in PHASES for stop in SIGNALS
+    }
+    assert all(
+        line["survived"] == line["stopped"] == 1 and line["rows_lost"] == line["rows_doubled"] == 0 for line in found
+    )
 
 
 def test_the_harness_notices_a_run_that_comes_back_differently(tmp_path):

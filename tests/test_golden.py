@@ -1,4 +1,5 @@
 """Settings that published rows were made with: the `config` of every recipe and the stages of every search, as they were."""
+
 import json
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Numerical health: extreme goodness, thresholds, scales and images; layers that have died; and weights that are not finite."""
+
 import contextlib
 import math
 from dataclasses import replace
@@ -11,7 +12,17 @@ from scipy.special import expit
 from ff_research.collaboration import contributions, layer_goodness
 from ff_research.data import Images
 from ff_research.entropy import entropic, entropy_loss, log_goodness
-from ff_research.goodness import hinton, hinton_loss, mean_activity, mean_of_squares, sum_of_squares, swish_symba, swish_symba_loss, symba, symba_loss
+from ff_research.goodness import (
+    hinton,
+    hinton_loss,
+    mean_activity,
+    mean_of_squares,
+    sum_of_squares,
+    swish_symba,
+    swish_symba_loss,
+    symba,
+    symba_loss,
+)
 from ff_research.layers import Network, PeerNormalisation, activities, normalise, prepare
 from ff_research.readout import features, head_error, label_goodness, linear_probe, per_label_goodness, softmax_head
 from ff_research.strategies import STRATEGIES, ProjectionObjective, make_strategy, scff_loss
@@ -33,16 +44,25 @@ def data(x=None, n=24, name="random"):
 
 def run(name, images, network=None, **options):
     network = network or Network([20, 8, 8])
-    return network, train(network, images, make_strategy(name, 3), **QUIET | dict(epochs=2, batch_size=len(images.y_train) // 4) | options)
+    return network, train(
+        network, images, make_strategy(name, 3), **QUIET | dict(epochs=2, batch_size=len(images.y_train) // 4) | options
+    )
 
 
 def healthy(network, history, images):
     "All that a run leaves behind, and all that is read from it, is finite."
     assert all(torch.isfinite(p).all() for p in network.parameters())
-    keys = ("loss", "g_pos") if math.isnan(history.epochs[-1]["separation"][0]) else ("loss", "separation", "g_pos", "g_neg")
+    keys = (
+        ("loss", "g_pos")
+        if math.isnan(history.epochs[-1]["separation"][0])
+        else ("loss", "separation", "g_pos", "g_neg")
+    )
     assert all(math.isfinite(value) for key in keys for epoch in history.column(key) for value in epoch)
     assert torch.isfinite(label_goodness(network, images.x_test, 3, **CPU)).all()
-    assert all(torch.isfinite(f).all() for f in features(network, images.x_test, 3, **CPU) + features(network, images.x_test, **CPU))
+    assert all(
+        torch.isfinite(f).all()
+        for f in features(network, images.x_test, 3, **CPU) + features(network, images.x_test, **CPU)
+    )
     return True
 
 
@@ -75,13 +95,30 @@ def swish_truth(p, n, alpha):
 
 def scff_truth(p, n, theta_pos, theta_neg, penalty, scale):
     a, b = theta_pos - scale * p, scale * n - theta_neg
-    return softplus(a) + softplus(b) + penalty * abs(scale * p), scale * (penalty * np.sign(p) - expit(a)), scale * expit(b)
+    return (
+        softplus(a) + softplus(b) + penalty * abs(scale * p),
+        scale * (penalty * np.sign(p) - expit(a)),
+        scale * expit(b),
+    )
 
 
-CASES = {f"hinton, theta {theta:g}, scale {scale:g}": (hinton_loss, hinton_truth, dict(theta=theta, scale=scale)) for theta in THETAS for scale in (1.0, 1e-3, 2000.0)}
+CASES = {
+    f"hinton, theta {theta:g}, scale {scale:g}": (hinton_loss, hinton_truth, dict(theta=theta, scale=scale))
+    for theta in THETAS
+    for scale in (1.0, 1e-3, 2000.0)
+}
 CASES |= {f"symba, alpha {alpha:g}": (symba_loss, symba_truth, dict(alpha=alpha)) for alpha in (4.0, 1e-3, 1e3)}
-CASES |= {f"swish_symba, alpha {alpha:g}": (swish_symba_loss, swish_truth, dict(alpha=alpha)) for alpha in (4.0, 1e-3, 1e3)}
-CASES |= {f"scff, theta {theta:g}": (scff_loss, scff_truth, dict(theta_pos=theta, theta_neg=2 * theta, penalty=1e-4, scale=4.0)) for theta in THETAS}
+CASES |= {
+    f"swish_symba, alpha {alpha:g}": (swish_symba_loss, swish_truth, dict(alpha=alpha)) for alpha in (4.0, 1e-3, 1e3)
+}
+CASES |= {
+    f"scff, theta {theta:g}": (
+        scff_loss,
+        scff_truth,
+        dict(theta_pos=theta, theta_neg=2 * theta, penalty=1e-4, scale=4.0),
+    )
+    for theta in THETAS
+}
 
 
 @pytest.mark.parametrize("loss, truth, options", CASES.values(), ids=CASES)
@@ -96,14 +133,18 @@ def test_losses_and_their_gradients_at_extremes(loss, truth, options):
             assert mine.isfinite() and mine.item() == pytest.approx(float(theirs), rel=2e-5, abs=1e-12), (p, n)
 
 
-@pytest.mark.parametrize("case", ["hinton, theta 8, scale 1", "symba, alpha 4", "swish_symba, alpha 4", "scff, theta 8"])
+@pytest.mark.parametrize(
+    "case", ["hinton, theta 8, scale 1", "symba, alpha 4", "swish_symba, alpha 4", "scff, theta 8"]
+)
 def test_one_extreme_row_does_not_spoil_the_gradient_of_others(case):
     loss, truth, options = CASES[case]
     g_pos, g_neg = (column.clone().requires_grad_() for column in PAIRS.T)
     loss(g_pos, g_neg, **options).backward()
     _, d_pos, d_neg = truth(*PAIRS.T.double().numpy(), **options)
     for mine, theirs in ((g_pos.grad, d_pos), (g_neg.grad, d_neg)):
-        torch.testing.assert_close(len(PAIRS) * mine.double(), torch.from_numpy(np.asarray(theirs)), rtol=2e-5, atol=1e-9)
+        torch.testing.assert_close(
+            len(PAIRS) * mine.double(), torch.from_numpy(np.asarray(theirs)), rtol=2e-5, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("g", [0.0, 1e-30, 1e-6, 1.0, 1e6, 1e30])
@@ -119,14 +160,22 @@ def test_entropy_loss_at_extremes(g):
         value.backward()
         a, b = g_pos.double(), g_neg.double()
         mean = (a.mean() + b.mean()) / 2 + 1e-30
-        assert value.item() == pytest.approx(((2 * 1.001 * mean).log() - (a + 1e-3 * mean).log().mean()).item(), rel=1e-5, abs=1e-5)
+        assert value.item() == pytest.approx(
+            ((2 * 1.001 * mean).log() - (a + 1e-3 * mean).log().mean()).item(), rel=1e-5, abs=1e-5
+        )
         share = 1 / (12 * mean) - 1e-3 * (1 / (a + 1e-3 * mean)).mean() / 12
-        torch.testing.assert_close(p.grad.double(), share - 1 / (a + 1e-3 * mean) / 6, rtol=1e-3, atol=1e-4 / mean.item())
+        torch.testing.assert_close(
+            p.grad.double(), share - 1 / (a + 1e-3 * mean) / 6, rtol=1e-3, atol=1e-4 / mean.item()
+        )
         torch.testing.assert_close(n.grad.double(), share.expand(6), rtol=1e-3, atol=1e-4 / mean.item())
 
 
 OBJECTIVES = {
-    "hinton": hinton(), "hinton, mean activity": hinton(goodness=mean_activity), "symba": symba(), "swish_symba": swish_symba(), "entropic": entropic(),
+    "hinton": hinton(),
+    "hinton, mean activity": hinton(goodness=mean_activity),
+    "symba": symba(),
+    "swish_symba": swish_symba(),
+    "entropic": entropic(),
     "scff": make_strategy("self_contrastive", 3).objective(5),
 } | {f"hinton, theta {theta:g}": hinton(theta=theta) for theta in THETAS}
 
@@ -155,12 +204,15 @@ def test_projection_at_extremes(scale):
     loss.backward()
     scores = h.detach().double() @ objective.projection.detach().double().T
     error = (scores.softmax(1) - torch.nn.functional.one_hot(y, 3)) / 3
-    assert loss.item() == pytest.approx((scores.logsumexp(1) - scores.gather(1, y[:, None])[:, 0]).mean().item(), rel=1e-4, abs=1e-6)
+    assert loss.item() == pytest.approx(
+        (scores.logsumexp(1) - scores.gather(1, y[:, None])[:, 0]).mean().item(), rel=1e-4, abs=1e-6
+    )
     torch.testing.assert_close(h.grad.double(), error @ objective.projection.detach().double(), rtol=1e-4, atol=1e-6)
     assert g.isfinite().all() and objective.projection.grad.isfinite().all()
 
 
 # Normalisation
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_silence_stays_silence(dtype):
@@ -208,6 +260,7 @@ def test_layers_hear_extreme_goodness(mode):
 
 # Images that say little
 
+
 def one_pixel():
     x = torch.full((24, 1, 5, 4), 0.5)
     x.flatten(1)[torch.arange(24), torch.arange(24) % 17 + 3] = 1.0  # never under the label
@@ -220,10 +273,23 @@ def blank_amid():
     return x
 
 
-IMAGES = {"black": torch.zeros(24, 1, 5, 4), "grey": torch.full((24, 1, 5, 4), 0.5), "white": torch.ones(24, 1, 5, 4),
-          "one blank": blank_amid(), "one pixel": one_pixel(), "black bytes": torch.zeros(24, 1, 5, 4, dtype=torch.uint8), "nearly black": 1e-4 * data().x_train}
+IMAGES = {
+    "black": torch.zeros(24, 1, 5, 4),
+    "grey": torch.full((24, 1, 5, 4), 0.5),
+    "white": torch.ones(24, 1, 5, 4),
+    "one blank": blank_amid(),
+    "one pixel": one_pixel(),
+    "black bytes": torch.zeros(24, 1, 5, 4, dtype=torch.uint8),
+    "nearly black": 1e-4 * data().x_train,
+}
 FLAT = ("black", "black bytes", "grey", "white")
-NEEDS_OTHERS = ("class_confusion", "image_mixing", "masking", "random_noise", "layer_wise")  # make a negative from another image, which must be another
+NEEDS_OTHERS = (
+    "class_confusion",
+    "image_mixing",
+    "masking",
+    "random_noise",
+    "layer_wise",
+)  # make a negative from another image, which must be another
 
 
 @each
@@ -252,7 +318,10 @@ def test_readouts_of_images_that_say_little(kind):
     head = softmax_head(network, images, **CPU)
     assert all(t.isfinite().all() for t in (head.weight, head.bias, head.mean, head.scale))
     assert contributions(network, images, **CPU)["together"] <= 100
-    assert math.isfinite(train_backprop(network, images, epochs=1, **QUIET).column("loss")[0][0]) and 0 <= head_error(network, images, **CPU) <= 100
+    assert (
+        math.isfinite(train_backprop(network, images, epochs=1, **QUIET).column("loss")[0][0])
+        and 0 <= head_error(network, images, **CPU) <= 100
+    )
 
 
 @each
@@ -270,6 +339,7 @@ def test_images_of_extreme_brightness(name, brightness):
 
 # Layers without a life
 
+
 def dead(depth, widths=(20, 8, 8, 8)):
     "A network whose layer of that number answers nothing with anything."
     network = Network(list(widths))
@@ -284,8 +354,20 @@ def test_training_a_dead_layer_stops_with_a_diagnosis(name, depth):
         run(name, data(), dead(depth))
 
 
-@pytest.mark.parametrize("options", [dict(schedule="greedy"), dict(collaboration="all"), dict(collaboration="previous"), dict(optimizer="adamw"), dict(precision="bf16"),
-                                     dict(objective=symba()), dict(objective=entropic()), dict(schedule="greedy", collaboration="all")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(schedule="greedy"),
+        dict(collaboration="all"),
+        dict(collaboration="previous"),
+        dict(optimizer="adamw"),
+        dict(precision="bf16"),
+        dict(objective=symba()),
+        dict(objective=entropic()),
+        dict(schedule="greedy", collaboration="all"),
+    ],
+    ids=str,
+)
 def test_a_dead_layer_stops_every_kind_of_training(options):
     with pytest.raises(Diverged, match="layer 2 is silent"):
         run("label_embedding", data(), dead(2), **options)
@@ -301,6 +383,7 @@ def test_activity_too_small_to_square_is_silence():
 def test_a_layer_that_dies_later_is_noticed_in_its_first_silent_epoch():
     class Fatal(STRATEGIES["label_embedding"]):
         "Kills the second layer in the third epoch."
+
         steps = 0
 
         def streams(self, x, y, network=None, generator=None):
@@ -335,6 +418,7 @@ def test_readouts_of_a_dead_network(depth):
 
 
 # Weights that are not finite, or soon will not be
+
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["weight", "bias"])
@@ -411,7 +495,9 @@ def test_a_run_that_diverged_leaves_the_images_and_says_so_once():
     assert layer_goodness(Network([20, 8, 8]), images.x_test, 3, **CPU).isfinite().all()
 
 
-@pytest.mark.parametrize("objective, stops", [(hinton(), True), (symba(), True), (hinton(theta=0.4, goodness=mean_activity), False)])
+@pytest.mark.parametrize(
+    "objective, stops", [(hinton(), True), (symba(), True), (hinton(theta=0.4, goodness=mean_activity), False)]
+)
 def test_the_full_gradient_excuses_a_silent_layer_only_where_it_can_revive_it(objective, stops):
     "The square of an activity of zero has no gradient, full or not, and peer normalisation finds all units alike."
     network = Network([16, 8, 8], peer=0.03, full_gradient=True)
@@ -421,4 +507,14 @@ def test_the_full_gradient_excuses_a_silent_layer_only_where_it_can_revive_it(ob
     pixels = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     images = Images("random", pixels, torch.arange(20) % 2, pixels[:2], torch.arange(2), 2)
     with pytest.raises(Diverged, match="layer 2 is silent") if stops else contextlib.nullcontext():
-        train(network, images, STRATEGIES["label_embedding"](2), epochs=1, objective=objective, batch_size=5, progress=False, device="cpu", precision="fp32")
+        train(
+            network,
+            images,
+            STRATEGIES["label_embedding"](2),
+            epochs=1,
+            objective=objective,
+            batch_size=5,
+            progress=False,
+            device="cpu",
+            precision="fp32",
+        )

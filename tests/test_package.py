@@ -1,4 +1,5 @@
 """What users install: the sdist holds all it takes to build, the wheel built from it holds the package and the published rows."""
+
 import json
 import shutil
 import subprocess
@@ -24,7 +25,9 @@ def settings():
 def build(kind, folder, out):
     "Call setuptools as pip does, without the network; give the archive's path."
     code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return out / done.stdout.splitlines()[-1]
 
@@ -56,7 +59,11 @@ def test_sdist_holds_what_building_needs(built):
 
 def test_wheel_holds_the_package_and_the_published_rows(built):
     tree, _, wheel = built
-    files = {path.relative_to(tree).as_posix(): path.read_bytes() for pattern in ("*.py", "published/*.jsonl", "published/*/*.jsonl") for path in (tree / "ff_research").glob(pattern)}
+    files = {
+        path.relative_to(tree).as_posix(): path.read_bytes()
+        for pattern in ("*.py", "published/*.jsonl", "published/*/*.jsonl")
+        for path in (tree / "ff_research").glob(pattern)
+    }
     assert "ff_research/published/probe.jsonl" in files
     with zipfile.ZipFile(wheel) as archive:
         inside = {name: archive.read(name) for name in archive.namelist() if name.startswith("ff_research/")}
@@ -70,15 +77,22 @@ def test_metadata_follows_settings(built):
         metadata = Parser().parsestr(archive.read(info).decode())
         entry_points = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
         assert any(name.endswith("LICENSE") for name in archive.namelist())
-    assert (metadata["Name"].replace("-", "_"), metadata["Version"], metadata["Requires-Python"]) == (cfg["lib_name"], cfg["version"], ">=" + cfg["min_python"])
+    assert (metadata["Name"].replace("-", "_"), metadata["Version"], metadata["Requires-Python"]) == (
+        cfg["lib_name"],
+        cfg["version"],
+        ">=" + cfg["min_python"],
+    )
     assert "MIT" in (metadata["License-Expression"] or metadata["License"])
     needs = metadata.get_all("Requires-Dist")
     plain = [need for need in needs if "extra ==" not in need]
-    assert sorted(need.split(">")[0].replace("_", "-") for need in plain) == sorted(need.split(">")[0] for need in cfg["requirements"].split())
+    assert sorted(need.split(">")[0].replace("_", "-") for need in plain) == sorted(
+        need.split(">")[0] for need in cfg["requirements"].split()
+    )
     assert set(metadata.get_all("Provides-Extra")) == {"book", "ray", "dev"}
     assert "ff-research = ff_research.cli:main" in entry_points
 
 
 def test_versions_agree():
     import ff_research
+
     assert ff_research.__version__ == settings()["version"]

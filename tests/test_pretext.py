@@ -1,4 +1,5 @@
 """Pretext tasks: against torch, numpy and hand-made pictures; what the draw may know, what is kept, and what has no answer."""
+
 import itertools
 from dataclasses import replace
 
@@ -16,8 +17,14 @@ each_task = pytest.mark.parametrize("task", PRETEXTS)
 def pictures(samples, channels, height, width, seed=0, device="cpu"):
     "Random pictures, no two pixels of one channel alike where there are at most 256."
     generator = torch.Generator().manual_seed(seed)
-    x = torch.stack([torch.randperm(256, generator=generator)[:height * width].view(height, width) if height * width <= 256 else
-                     torch.randint(0, 256, (height, width), generator=generator) for _ in range(2 * samples * channels)]).to(torch.uint8)
+    x = torch.stack(
+        [
+            torch.randperm(256, generator=generator)[: height * width].view(height, width)
+            if height * width <= 256
+            else torch.randint(0, 256, (height, width), generator=generator)
+            for _ in range(2 * samples * channels)
+        ]
+    ).to(torch.uint8)
     x, y = x.view(2, samples, channels, height, width).to(device), torch.arange(samples, device=device) % 3
     return Images("pictures", x[0], y, x[1], y, 3)
 
@@ -31,7 +38,7 @@ def by_numpy(image, task, k):
     if task == "flips":
         return (image, image[:, :, ::-1], image[:, ::-1], image[:, ::-1, ::-1])[k]
     tiles = [tile for half in np.split(image, 2, axis=1) for tile in np.split(half, 2, axis=2)]
-    return np.block([[tiles[i] for i in list(itertools.permutations(range(4)))[k][j:j + 2]] for j in (0, 2)])
+    return np.block([[tiles[i] for i in list(itertools.permutations(range(4)))[k][j : j + 2]] for j in (0, 2)])
 
 
 @each_task
@@ -50,7 +57,10 @@ def test_wide_pictures_can_be_mirrored_and_cut_up():
     images = pictures(50, 3, 4, 10)
     for task in ("flip", "flips", "jigsaw"):
         made = pretext(images, task)
-        assert all(np.array_equal(new, by_numpy(image.numpy(), task, k)) for new, image, k in zip(made.x_test, images.x_test, made.y_test.tolist()))
+        assert all(
+            np.array_equal(new, by_numpy(image.numpy(), task, k))
+            for new, image, k in zip(made.x_test, images.x_test, made.y_test.tolist())
+        )
 
 
 @each_task
@@ -64,7 +74,14 @@ def test_classes_are_a_group_of_permutations(task):
 
 def test_four_quarter_turns_and_two_flips_are_none():
     images = pictures(40, 3, 8, 8)
-    for task, k, times in (("rotation", 1, 4), ("rotation", 3, 4), ("rotation", 2, 2), ("flip", 1, 2), ("flips", 2, 2), ("flips", 3, 2)):
+    for task, k, times in (
+        ("rotation", 1, 4),
+        ("rotation", 3, 4),
+        ("rotation", 2, 2),
+        ("flip", 1, 2),
+        ("flips", 2, 2),
+        ("flips", 3, 2),
+    ):
         order, places = _arrangements(task, 8, 8)[k], torch.arange(64)
         x = images.x_train.flatten(2)
         for turn in range(times):
@@ -77,10 +94,14 @@ def test_four_quarter_turns_and_two_flips_are_none():
 def test_everything_can_be_undone_and_class_0_is_the_picture(task):
     images = pictures(100, 3, 8, 8)
     made = pretext(images, task)
-    back = made.x_train.flatten(2).gather(2, _arrangements(task, 8, 8).argsort(1)[made.y_train][:, None].expand(-1, 3, -1))
+    back = made.x_train.flatten(2).gather(
+        2, _arrangements(task, 8, 8).argsort(1)[made.y_train][:, None].expand(-1, 3, -1)
+    )
     assert torch.equal(back.view_as(images.x_train), images.x_train)
     same = (made.x_train == images.x_train).flatten(1).all(1)
-    assert torch.equal(same, made.y_train == 0) and same.any()  # no two pixels are alike, so no other class can look like it
+    assert (
+        torch.equal(same, made.y_train == 0) and same.any()
+    )  # no two pixels are alike, so no other class can look like it
 
 
 @each_task
@@ -90,12 +111,25 @@ def test_labels_are_dealt_evenly_and_know_nothing(task):
     images, classes, p = Images("blank", x, true, x[:1000], true[:1000], 10), PRETEXTS[task], []
     for seed in range(40):
         made = pretext(images, task, seed)
-        assert all(np.ptp(torch.bincount(y, minlength=classes).numpy()) == (1 if len(y) % classes else 0) for y in (made.y_train, made.y_test))
+        assert all(
+            np.ptp(torch.bincount(y, minlength=classes).numpy()) == (1 if len(y) % classes else 0)
+            for y in (made.y_train, made.y_test)
+        )
         table = np.zeros((10, classes))
         np.add.at(table, (true.numpy(), made.y_train.numpy()), 1)
-        place = np.histogram2d(np.arange(4801), made.y_train.numpy(), bins=(8, classes))[0]  # nor does the place in the set tell anything
-        p += [stats.chi2_contingency(table).pvalue, stats.chi2_contingency(place).pvalue, stats.chisquare(torch.bincount(made.y_train[-1000:], minlength=classes)).pvalue]
-    assert min(p) > 1e-4 and stats.kstest(p[::3], "uniform").pvalue > 1e-3 and stats.kstest(p[1::3], "uniform").pvalue > 1e-3
+        place = np.histogram2d(np.arange(4801), made.y_train.numpy(), bins=(8, classes))[
+            0
+        ]  # nor does the place in the set tell anything
+        p += [
+            stats.chi2_contingency(table).pvalue,
+            stats.chi2_contingency(place).pvalue,
+            stats.chisquare(torch.bincount(made.y_train[-1000:], minlength=classes)).pvalue,
+        ]
+    assert (
+        min(p) > 1e-4
+        and stats.kstest(p[::3], "uniform").pvalue > 1e-3
+        and stats.kstest(p[1::3], "uniform").pvalue > 1e-3
+    )
 
 
 @each_task
@@ -108,7 +142,9 @@ def test_a_seed_is_a_draw(task):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(x, old) for x, old in zip((images.x_train, images.y_train, images.x_test), before))
     assert not torch.equal(a.y_train[:360], a.y_test), "test images have a draw of their own"
-    assert torch.equal(pretext(replace(images, y_train=images.y_train.flip(0), num_classes=77), task).y_train, a.y_train), "labels are not looked at"
+    assert torch.equal(
+        pretext(replace(images, y_train=images.y_train.flip(0), num_classes=77), task).y_train, a.y_train
+    ), "labels are not looked at"
 
 
 def test_name_validation_part_and_what_comes_after():
@@ -116,17 +152,31 @@ def test_name_validation_part_and_what_comes_after():
         made = pretext(replace(load("digits"), name=name), "rotation")
         assert made.name == f"{name}, rotation" and validation_size(made) == validation_size(centred(made)) == held
     digits = load("digits")
-    assert pretext(digits, "jigsaw", 7).name == "digits, jigsaw 7" and centred(pretext(digits, "flip")).name == "digits, flip, centred to 10"
+    assert (
+        pretext(digits, "jigsaw", 7).name == "digits, jigsaw 7"
+        and centred(pretext(digits, "flip")).name == "digits, flip, centred to 10"
+    )
     held = hold_out(pretext(digits, "flip"), 300)
     assert len(held.y_train) == 1137 and held.num_classes == 2
     floats = replace(digits, x_train=digits.x_train / 255, x_test=digits.x_test / 255)
     assert torch.equal(pretext(floats, "flips").x_train, pretext(digits, "flips").x_train / 255)
 
 
-@pytest.mark.parametrize("size, task, said", [
-    ((8, 8), "rotaton", "unknown pretext task 'rotaton'; did you mean 'rotation'"), ((8, 8), "Jigsaw", "did you mean 'jigsaw'"), ((8, 8), None, "unknown pretext task None"),
-    ((8, 8), 3, "Known: rotation, flip, flips, jigsaw"), ((8, 6), "rotation", "8 x 6 pixels.*square"), ((7, 8), "jigsaw", "7 x 8 pixels.*even"), ((8, 7), "jigsaw", "even"),
-    ((8, 1), "flip", "look the same"), ((1, 8), "flips", "look the same"), ((1, 1), "rotation", "look the same")])
+@pytest.mark.parametrize(
+    "size, task, said",
+    [
+        ((8, 8), "rotaton", "unknown pretext task 'rotaton'; did you mean 'rotation'"),
+        ((8, 8), "Jigsaw", "did you mean 'jigsaw'"),
+        ((8, 8), None, "unknown pretext task None"),
+        ((8, 8), 3, "Known: rotation, flip, flips, jigsaw"),
+        ((8, 6), "rotation", "8 x 6 pixels.*square"),
+        ((7, 8), "jigsaw", "7 x 8 pixels.*even"),
+        ((8, 7), "jigsaw", "even"),
+        ((8, 1), "flip", "look the same"),
+        ((1, 8), "flips", "look the same"),
+        ((1, 1), "rotation", "look the same"),
+    ],
+)
 def test_tasks_that_pictures_cannot_have(size, task, said):
     with pytest.raises(ValueError, match=said):
         pretext(pictures(30, 1, *size), task)
@@ -143,7 +193,12 @@ def test_fewer_images_than_classes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_draw_is_the_same_on_a_gpu():
     a, b = (pretext(pictures(60, 3, 8, 8, device=device), "jigsaw") for device in ("cpu", "cuda"))
-    assert b.x_train.is_cuda and b.y_train.is_cuda and torch.equal(a.y_train, b.y_train.cpu()) and torch.equal(a.x_test, b.x_test.cpu())
+    assert (
+        b.x_train.is_cuda
+        and b.y_train.is_cuda
+        and torch.equal(a.y_train, b.y_train.cpu())
+        and torch.equal(a.x_test, b.x_test.cpu())
+    )
 
 
 @pytest.mark.data("mnist")
@@ -151,5 +206,9 @@ def test_the_draw_is_the_same_on_a_gpu():
 def test_mnist_can_have_every_task(task):
     images = load("mnist")
     made = pretext(images, task)
-    assert made.num_classes == PRETEXTS[task] and validation_size(made) == 10_000 and np.ptp(torch.bincount(made.y_train).numpy()) <= 1
+    assert (
+        made.num_classes == PRETEXTS[task]
+        and validation_size(made) == 10_000
+        and np.ptp(torch.bincount(made.y_train).numpy()) <= 1
+    )
     assert torch.equal(made.x_train.flatten(1).sum(1), images.x_train.flatten(1).sum(1))

@@ -1,4 +1,5 @@
 """Properties of every strategy, objective, layer and read-out: any images, permutations, what should not matter, gradients, and what stays untouched."""
+
 import copy
 import random
 from contextlib import contextmanager
@@ -14,10 +15,28 @@ from torch.nn import functional as F
 
 from ff_research.data import Images
 from ff_research.entropy import entropic, entropy_loss
-from ff_research.goodness import hinton, hinton_loss, mean_activity, mean_of_squares, sum_of_squares, swish_symba, swish_symba_loss, symba, symba_loss
+from ff_research.goodness import (
+    hinton,
+    hinton_loss,
+    mean_activity,
+    mean_of_squares,
+    sum_of_squares,
+    swish_symba,
+    swish_symba_loss,
+    symba,
+    symba_loss,
+)
 from ff_research.labels import labelled, neutral, overlay, wrong_labels
 from ff_research.layers import FFLinear, Network, PeerNormalisation, activities, normalise, prepare
-from ff_research.readout import features, fit_probe, head_error, label_goodness, linear_probe, per_label_goodness, softmax_head
+from ff_research.readout import (
+    features,
+    fit_probe,
+    head_error,
+    label_goodness,
+    linear_probe,
+    per_label_goodness,
+    softmax_head,
+)
 from ff_research.strategies import STRATEGIES, ProjectionObjective, blur_matrix, make_strategy, scff_loss
 from ff_research.training import SCHEDULES, Workspace, _Learner, train, train_backprop
 
@@ -31,7 +50,9 @@ each = pytest.mark.parametrize("name", NAMES)
 
 def examples(count):
     "So many examples, the same ones in each run."
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def seeded(seed=0):
@@ -72,7 +93,10 @@ class Batch:
 @st.composite
 def batches(draw, least=2, most=9, most_classes=100, room=4):
     "room: pixels at least that no label covers."
-    channels, classes = draw(st.sampled_from([1, 3])), draw(st.sampled_from([2, 3, 10, 26, 100]).filter(lambda k: k <= most_classes))
+    channels, classes = (
+        draw(st.sampled_from([1, 3])),
+        draw(st.sampled_from([2, 3, 10, 26, 100]).filter(lambda k: k <= most_classes)),
+    )
     height = draw(st.integers(1, 7))
     narrowest = -(-(classes + room) // (channels * height))
     width = draw(st.integers(narrowest, max(8, narrowest)))
@@ -90,7 +114,14 @@ def made(name, batch, x, y, network=None, seed=0):
     if STRATEGIES[name].has_negatives:
         parts.append(make_strategy(name, batch.classes).generate(x, y, network, seeded(seed)))
     streams = make_strategy(name, batch.classes).streams(x, y, network, seeded(seed))
-    return [*parts, streams if isinstance(streams, torch.Tensor) else streams.prepare(None, torch.float32).dense() if hasattr(streams, "prepare") else streams.dense()]
+    return [
+        *parts,
+        streams
+        if isinstance(streams, torch.Tensor)
+        else streams.prepare(None, torch.float32).dense()
+        if hasattr(streams, "prepare")
+        else streams.dense(),
+    ]
 
 
 @each
@@ -121,7 +152,10 @@ def test_strategies_on_expanded_images(name, batch):
 @examples(8)
 @given(batch=batches(least=1, most=1, room=0))
 def test_a_batch_of_one(name, batch):
-    call = {"generate": lambda s: s.generate(batch.x, batch.y, None, seeded()), "streams": lambda s: s.streams(batch.x, batch.y, batch.network(), seeded())}
+    call = {
+        "generate": lambda s: s.generate(batch.x, batch.y, None, seeded()),
+        "streams": lambda s: s.streams(batch.x, batch.y, batch.network(), seeded()),
+    }
     for method in call.values() if STRATEGIES[name].has_negatives else [call["streams"]]:
         if name in COPES:
             method(make_strategy(name, batch.classes))
@@ -137,7 +171,9 @@ def test_a_batch_of_one(name, batch):
 def test_every_strategy_trains_on_any_images(name, batch, view):
     n, network = len(batch.y), batch.network(peer=0.03)
     images = Images("random", VIEWS[view](batch.x), batch.y, batch.x, batch.y, batch.classes)
-    size = n if name == "class_confusion" else 3 if n % 3 != 1 else 5  # batches of one class, or of one image, are refused
+    size = (
+        n if name == "class_confusion" else 3 if n % 3 != 1 else 5
+    )  # batches of one class, or of one image, are refused
     history = train(network, images, make_strategy(name, batch.classes), epochs=1, batch_size=size, **QUIET)
     assert all(np.isfinite(history.column("loss")[0])) and all(torch.isfinite(p).all() for p in network.parameters())
     assert all(p.grad is None for p in network.layers.parameters())
@@ -157,7 +193,9 @@ def test_readouts_on_any_images(batch, view, size):
     network, x = batch.network(), VIEWS[view](batch.x)
     g, f = label_goodness(network, batch.x, batch.classes, **CPU), features(network, batch.x, batch.classes, **CPU)
     assert g.shape == (len(x), batch.classes) and [tuple(a.shape) for a in f] == [(len(x), 11), (len(x), 7)]
-    torch.testing.assert_close(label_goodness(network, x, batch.classes, batch_size=size, **CPU), g, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        label_goodness(network, x, batch.classes, batch_size=size, **CPU), g, rtol=1e-4, atol=1e-4
+    )
     for a, b in zip(features(network, x, batch.classes, batch_size=size, **CPU), f):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -170,7 +208,9 @@ def test_bytes_and_floats_are_the_same_images(batch):
     x, network = batch.x.float() / 255, batch.network()
     assert torch.equal(overlay(x, batch.y, batch.classes), overlay(batch.x, batch.y, batch.classes))
     assert torch.equal(neutral(x, batch.classes), neutral(batch.x, batch.classes))
-    assert torch.equal(label_goodness(network, x, batch.classes, **CPU), label_goodness(network, batch.x, batch.classes, **CPU))
+    assert torch.equal(
+        label_goodness(network, x, batch.classes, **CPU), label_goodness(network, batch.x, batch.classes, **CPU)
+    )
     assert torch.equal(features(network, x, **CPU)[1], features(network, batch.x, **CPU)[1])
 
 
@@ -225,17 +265,29 @@ permutations = st.integers(0, 2**20).map(seeded)
 def test_permuting_images_permutes_what_is_made_and_read(batch, generator):
     order, network = torch.randperm(len(batch.y), generator=generator), batch.network()
     x, y, k = batch.x[order], batch.y[order], batch.classes
-    assert torch.equal(overlay(x, y, k), overlay(batch.x, batch.y, k)[order]) and torch.equal(neutral(x, k), neutral(batch.x, k)[order])
+    assert torch.equal(overlay(x, y, k), overlay(batch.x, batch.y, k)[order]) and torch.equal(
+        neutral(x, k), neutral(batch.x, k)[order]
+    )
     for name in NAMES:
-        assert torch.equal(make_strategy(name, k).create_positive(x, y), make_strategy(name, k).create_positive(batch.x, batch.y)[order]), name
-    torch.testing.assert_close(label_goodness(network, x, k, **CPU), label_goodness(network, batch.x, k, **CPU)[order], rtol=1e-4, atol=1e-4)
+        assert torch.equal(
+            make_strategy(name, k).create_positive(x, y),
+            make_strategy(name, k).create_positive(batch.x, batch.y)[order],
+        ), name
+    torch.testing.assert_close(
+        label_goodness(network, x, k, **CPU), label_goodness(network, batch.x, k, **CPU)[order], rtol=1e-4, atol=1e-4
+    )
     for a, b in zip(features(network, x, k, **CPU), features(network, batch.x, k, **CPU)):
         torch.testing.assert_close(a, b[order], rtol=1e-4, atol=1e-4)
 
 
 OBJECTIVES = {
-    "hinton": hinton(), "hinton, mean activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity), "symba": symba(), "swish_symba": swish_symba(),
-    "scff": make_strategy("self_contrastive", 10).objective(7), "scff, layer 2": make_strategy("self_contrastive", 10).objective(7, layer=2), "entropic": entropic(),
+    "hinton": hinton(),
+    "hinton, mean activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity),
+    "symba": symba(),
+    "swish_symba": swish_symba(),
+    "scff": make_strategy("self_contrastive", 10).objective(7),
+    "scff, layer 2": make_strategy("self_contrastive", 10).objective(7, layer=2),
+    "entropic": entropic(),
 }
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
@@ -244,7 +296,10 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=O
 @examples(8)
 @given(rows=st.integers(1, 12), generator=permutations)
 def test_losses_do_not_know_the_order_of_pairs(objective, rows, generator):
-    h, gamma = torch.rand(2 * rows, 7, generator=generator, dtype=torch.float64), torch.rand(2 * rows, generator=generator, dtype=torch.float64)
+    h, gamma = (
+        torch.rand(2 * rows, 7, generator=generator, dtype=torch.float64),
+        torch.rand(2 * rows, generator=generator, dtype=torch.float64),
+    )
     order = torch.randperm(rows, generator=generator)
     both = torch.cat([order, order + rows])
     loss, g = objective(h, gamma=gamma)
@@ -256,7 +311,11 @@ def test_losses_do_not_know_the_order_of_pairs(objective, rows, generator):
 @examples(8)
 @given(rows=st.integers(1, 12), generator=permutations)
 def test_projection_does_not_know_the_order_of_images(rows, generator):
-    h, y, objective = torch.rand(rows, 7, generator=generator), torch.randint(0, 5, (rows,), generator=generator), ProjectionObjective(7, 5)
+    h, y, objective = (
+        torch.rand(rows, 7, generator=generator),
+        torch.randint(0, 5, (rows,), generator=generator),
+        ProjectionObjective(7, 5),
+    )
     order = torch.randperm(rows, generator=generator)
     (loss, g), (permuted, g_permuted) = objective(h, y), objective(h[order], y[order])
     torch.testing.assert_close(permuted, loss)
@@ -271,6 +330,7 @@ def test_streams_of_unequal_length_are_refused(objective, rows):
 
 
 # What should not matter does not
+
 
 @examples(12)
 @given(batch=batches(least=1), power=st.floats(-1, 4))
@@ -287,8 +347,10 @@ def test_renaming_classes_renames_columns(batch, generator):
     "Label pixels and their weights change places together: the goodness moves to the new column and nothing else happens."
     network, order = batch.network(), torch.randperm(batch.classes, generator=generator)
     g, renamed = label_goodness(network, batch.x, batch.classes, **CPU), copy.deepcopy(network)
-    renamed.layers[0].weight.data[:, :batch.classes] = network.layers[0].weight[:, order].detach()
-    torch.testing.assert_close(label_goodness(renamed, batch.x, batch.classes, **CPU), g[:, order], rtol=1e-4, atol=1e-4)
+    renamed.layers[0].weight.data[:, : batch.classes] = network.layers[0].weight[:, order].detach()
+    torch.testing.assert_close(
+        label_goodness(renamed, batch.x, batch.classes, **CPU), g[:, order], rtol=1e-4, atol=1e-4
+    )
 
 
 @examples(10)
@@ -297,8 +359,17 @@ def test_names_of_units_mean_nothing(batch, generator):
     network, order = batch.network(), torch.randperm(11, generator=generator)
     renamed = copy.deepcopy(network)
     first, second = renamed.layers
-    first.weight.data, first.bias.data, second.weight.data = first.weight.data[order], first.bias.data[order], second.weight.data[:, order]
-    torch.testing.assert_close(label_goodness(renamed, batch.x, batch.classes, **CPU), label_goodness(network, batch.x, batch.classes, **CPU), rtol=1e-4, atol=1e-4)
+    first.weight.data, first.bias.data, second.weight.data = (
+        first.weight.data[order],
+        first.bias.data[order],
+        second.weight.data[:, order],
+    )
+    torch.testing.assert_close(
+        label_goodness(renamed, batch.x, batch.classes, **CPU),
+        label_goodness(network, batch.x, batch.classes, **CPU),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def clusters(seed=0, samples=90, dimensions=6, classes=3):
@@ -325,7 +396,9 @@ def test_probe_does_not_know_scale_and_shift_of_features(powers, shift):
     "Features are standardised: neither tiny nor huge ones are lost, and a shift costs no more than its rounding."
     f, y = clusters()
     other = (f + shift) * 10 ** torch.tensor(powers)
-    torch.testing.assert_close(fit_probe(other, y, **fit).logits(other), fit_probe(f, y, **fit).logits(f), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        fit_probe(other, y, **fit).logits(other), fit_probe(f, y, **fit).logits(f), rtol=2e-3, atol=2e-3
+    )
 
 
 @examples(6)
@@ -333,7 +406,9 @@ def test_probe_does_not_know_scale_and_shift_of_features(powers, shift):
 def test_probe_does_not_know_the_names_of_classes(order):
     f, y = clusters()
     order = torch.tensor(order)
-    torch.testing.assert_close(fit_probe(f, order[y], **fit).logits(f)[:, order], fit_probe(f, y, **fit).logits(f), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        fit_probe(f, order[y], **fit).logits(f)[:, order], fit_probe(f, y, **fit).logits(f), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_feature_that_varies_by_its_rounding_only_is_constant():
@@ -349,7 +424,9 @@ def test_probe_of_features_in_any_precision(dtype):
     f = f.to(dtype)
     probe = fit_probe(f, y, **fit)
     assert probe.weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(probe.logits(f).float(), fit_probe(f.float(), y, **fit).logits(f.float()), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        probe.logits(f).float(), fit_probe(f.float(), y, **fit).logits(f.float()), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5, 6])
@@ -379,11 +456,16 @@ rows = st.integers(1, 5)
 
 
 def check(function, *tensors):
-    assert torch.autograd.gradcheck(function, [t.detach().clone().requires_grad_() for t in tensors], eps=1e-6, atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(
+        function, [t.detach().clone().requires_grad_() for t in tensors], eps=1e-6, atol=1e-5, rtol=1e-4
+    )
 
 
 LOSSES = {
-    "hinton": lambda p, n: hinton_loss(p, n, theta=1.3, scale=0.7), "symba": symba_loss, "swish_symba": swish_symba_loss, "entropy": entropy_loss,
+    "hinton": lambda p, n: hinton_loss(p, n, theta=1.3, scale=0.7),
+    "symba": symba_loss,
+    "swish_symba": swish_symba_loss,
+    "entropy": entropy_loss,
     "scff": lambda p, n: scff_loss(p, n, theta_pos=4.0, theta_neg=6.0, penalty=1e-2, scale=4.0),
 }
 
@@ -408,7 +490,11 @@ def test_gradients_of_objectives(objective, rows, seed):
 @given(rows=rows, seed=st.integers(0, 99))
 def test_gradients_of_projection_goodness_and_normalisation(rows, seed):
     draw = seeded(seed)
-    h, y, objective = torch.rand(rows, 7, generator=draw, **double), torch.randint(0, 4, (rows,), generator=draw), ProjectionObjective(7, 4).double()
+    h, y, objective = (
+        torch.rand(rows, 7, generator=draw, **double),
+        torch.randint(0, 4, (rows,), generator=draw),
+        ProjectionObjective(7, 4).double(),
+    )
     check(lambda h: objective(h, y)[0], h)
     check(lambda m: F.cross_entropy(F.linear(h, m), y), objective.projection)
     objective(h, y)[0].backward()
@@ -426,15 +512,20 @@ def test_gradients_of_peer_normalisation(rows, seed, weight, momentum):
     def penalty(mean):
         peer.mean.copy_(start)  # each call moves the running mean
         return peer(mean)
+
     check(penalty, torch.rand(7, generator=seeded(seed + 1), **double))
 
 
 class Own(nn.Module):
     "A user's layer: a convolution whose activity has the shape of a map, and which takes images flat or not."
+
     def __init__(self, channels, height, width, seed=0):
         super().__init__()
         self.shape = channels, height, width
-        self.conv, self.units = nn.utils.skip_init(nn.Conv2d, channels, 2, 3, padding=1), 2 * height * width  # draws no random numbers
+        self.conv, self.units = (
+            nn.utils.skip_init(nn.Conv2d, channels, 2, 3, padding=1),
+            2 * height * width,
+        )  # draws no random numbers
         nn.init.normal_(self.conv.weight, std=0.5, generator=seeded(seed))
         nn.init.constant_(self.conv.bias, 0.1)
 
@@ -453,10 +544,19 @@ def smooth(layer, x):
 @given(rows=rows, seed=st.integers(0, 99))
 def test_gradients_of_layers_and_networks(rows, seed):
     draw = seeded(seed)
-    layer, own, x = FFLinear(12, 5, generator=draw).double(), Own(1, 3, 4, seed).double(), torch.rand(rows, 1, 3, 4, generator=draw, **double)
+    layer, own, x = (
+        FFLinear(12, 5, generator=draw).double(),
+        Own(1, 3, 4, seed).double(),
+        torch.rand(rows, 1, 3, 4, generator=draw, **double),
+    )
     if not (smooth(layer, x.flatten(1)) and smooth(own, x)):
         return
-    check(lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, x), x.flatten(1), layer.weight, layer.bias)
+    check(
+        lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, x),
+        x.flatten(1),
+        layer.weight,
+        layer.bias,
+    )
     check(lambda x: normalise(own(x)), x)
     full = FFLinear(12, 5, full_gradient=True, generator=draw).double()
     z = x.flatten(1).requires_grad_()
@@ -464,9 +564,17 @@ def test_gradients_of_layers_and_networks(rows, seed):
     torch.testing.assert_close(z.grad, full.weight.sum(0).detach().expand(rows, -1))  # as if there were no ReLU
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES.values(), ProjectionObjective(9, 4)], ids=[*OBJECTIVES, "projection"])
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES.values(), ProjectionObjective(9, 4)], ids=[*OBJECTIVES, "projection"]
+)
 @examples(6)
-@given(count=st.integers(1, 8), full=st.booleans(), peer=st.sampled_from([0.0, 3.0]), seed=st.integers(0, 999), heard=st.booleans())
+@given(
+    count=st.integers(1, 8),
+    full=st.booleans(),
+    peer=st.sampled_from([0.0, 3.0]),
+    seed=st.integers(0, 999),
+    heard=st.booleans(),
+)
 def test_the_closed_form_update_is_autograds(objective, count, full, peer, seed, heard):
     "One float32 step of length 1 against float64 autograd through the whole layer, gamma and peer normalisation included."
     draw, pairs = seeded(seed), not isinstance(objective, ProjectionObjective)
@@ -476,13 +584,19 @@ def test_the_closed_form_update_is_autograds(objective, count, full, peer, seed,
     gamma = 3 * torch.rand(2 * count, generator=draw) if heard and pairs else 0.0
     layer, peers = FFLinear(15, 9, full, draw), PeerNormalisation(9, peer) if peer else None
     layer.bias.data.normal_(std=0.1, generator=draw)
-    theirs, reference, their_peer = copy.deepcopy(layer).double(), copy.deepcopy(objective).double(), copy.deepcopy(peers)
+    theirs, reference, their_peer = (
+        copy.deepcopy(layer).double(),
+        copy.deepcopy(objective).double(),
+        copy.deepcopy(peers),
+    )
     h = theirs((x.dense() if pairs else x).double())
     loss, g = reference(h, y, gamma=gamma.double() if isinstance(gamma, torch.Tensor) else gamma)
     (loss if peers is None else loss + their_peer.double()(h[:count].mean(0))).backward()
 
     mine = copy.deepcopy(layer)
-    _, my_loss, my_g = _Learner(mine, copy.deepcopy(objective), peers, "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(x, y, count, gamma=gamma)
+    _, my_loss, my_g = _Learner(
+        mine, copy.deepcopy(objective), peers, "sgd", 1.0, 0.0, torch.float32, Workspace()
+    ).learn(x, y, count, gamma=gamma)
     for p, start, end in zip(theirs.parameters(), layer.parameters(), mine.parameters()):
         largest = max(1.0, p.grad.abs().max().item())
         torch.testing.assert_close((start - end).detach().double(), p.grad, rtol=1e-4, atol=2e-5 * largest)
@@ -491,6 +605,7 @@ def test_the_closed_form_update_is_autograds(objective, count, full, peer, seed,
 
 
 # A user's own layers
+
 
 def own_network(height=5, width=4):
     first, second = Own(1, height, width), FFLinear(2 * height * width, 6, generator=seeded())
@@ -504,7 +619,9 @@ def test_own_layers_train_with_every_strategy_and_are_read(name):
     before = [p.detach().clone() for p in network.layers.parameters()]
     train(network, images, make_strategy(name, 3), epochs=2, batch_size=12, **QUIET)
     assert all(torch.isfinite(p).all() and not torch.equal(p, q) for p, q in zip(network.layers.parameters(), before))
-    assert label_goodness(network, x, 3, **CPU).shape == (24, 3) and [f.shape[1] for f in features(network, x, **CPU)] == [40, 6]
+    assert label_goodness(network, x, 3, **CPU).shape == (24, 3) and [
+        f.shape[1] for f in features(network, x, **CPU)
+    ] == [40, 6]
     assert linear_probe(network, images, **CPU)["test"].keys() == {"layer_1", "layer_2"}
 
 
@@ -520,23 +637,44 @@ def test_an_own_layer_gets_its_hooks_once():
 
 # Nothing of the user's is touched
 
+
 def world():
     "What is global: random states, defaults, modes."
     kind, keys, *rest = np.random.get_state()
-    return (torch.get_rng_state().tolist(), random.getstate(), (kind, keys.tolist(), *rest), torch.get_default_dtype(), torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(), torch.is_anomaly_enabled())
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        (kind, keys.tolist(), *rest),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_anomaly_enabled(),
+    )
 
 
 def data(**changes):
     x, y = torch.rand(24, 1, 5, 4, generator=seeded(3)), torch.arange(24) % 3
-    return Images(**dict(name="random", x_train=x, y_train=y, x_test=x.flip(0), y_test=y.flip(0), num_classes=3) | changes)
+    return Images(
+        **dict(name="random", x_train=x, y_train=y, x_test=x.flip(0), y_test=y.flip(0), num_classes=3) | changes
+    )
 
 
-CALLS = {f"train {name}": lambda n, i, name=name: train(n, i, make_strategy(name, 3), epochs=1, batch_size=12, **QUIET) for name in NAMES}
-CALLS |= {f"train {schedule}": lambda n, i, schedule=schedule: train(n, i, make_strategy("hard_mining", 3), epochs=1, schedule=schedule, collaboration="all", **QUIET)
-          for schedule in SCHEDULES}
-CALLS |= {f"{name} by itself": lambda n, i, name=name: made(name, i_batch(i), i.x_train, i.y_train, n) for name in NAMES}
+CALLS = {
+    f"train {name}": lambda n, i, name=name: train(n, i, make_strategy(name, 3), epochs=1, batch_size=12, **QUIET)
+    for name in NAMES
+}
+CALLS |= {
+    f"train {schedule}": lambda n, i, schedule=schedule: train(
+        n, i, make_strategy("hard_mining", 3), epochs=1, schedule=schedule, collaboration="all", **QUIET
+    )
+    for schedule in SCHEDULES
+}
+CALLS |= {
+    f"{name} by itself": lambda n, i, name=name: made(name, i_batch(i), i.x_train, i.y_train, n) for name in NAMES
+}
 CALLS |= {
     "train_backprop": lambda n, i: train_backprop(n, i, epochs=1, **QUIET),
     "label_goodness": lambda n, i: label_goodness(n, i.x_test, 3, **CPU),
@@ -547,7 +685,11 @@ CALLS |= {
     "softmax_head": lambda n, i: softmax_head(n, i, **CPU),
     "fit_probe": lambda n, i: fit_probe(i.x_train.flatten(1), i.y_train, 3, validation=(i.x_test.flatten(1), i.y_test)),
     "head_error": lambda n, i: head_error(with_head(n), i, **CPU),
-    "labels": lambda n, i: (overlay(i.x_train, i.y_train, 3), neutral(i.x_train, 3), labelled(i.x_train, i.y_train[None], 3)),
+    "labels": lambda n, i: (
+        overlay(i.x_train, i.y_train, 3),
+        neutral(i.x_train, 3),
+        labelled(i.x_train, i.y_train[None], 3),
+    ),
     "activities": lambda n, i: activities(n, i.x_train),
 }
 
@@ -578,7 +720,9 @@ def test_the_users_tensors_and_the_world_stay_as_they_were(call):
     stored, state = [t.clone() for t in vars(images).values() if isinstance(t, torch.Tensor)], world()
     assert outcome(call, network, images) is None
     assert world() == state
-    assert all(torch.equal(a, b) for a, b in zip(stored, (t for t in vars(images).values() if isinstance(t, torch.Tensor))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(stored, (t for t in vars(images).values() if isinstance(t, torch.Tensor)))
+    )
 
 
 BROKEN = {
@@ -603,6 +747,7 @@ def test_the_world_stays_as_it_was_when_calls_fail(broken):
 def test_the_world_stays_as_it_was_when_training_breaks_off():
     class Breaks(STRATEGIES["hard_mining"]):
         "Fails in the middle of an epoch, with modes of torch's own in force."
+
         def streams(self, x, y, network=None, generator=None):
             if self.weight.abs().sum() > 0:
                 raise KeyboardInterrupt
@@ -627,9 +772,17 @@ def test_a_user_without_gradients_gets_the_same(call):
 
 def test_readouts_in_inference_mode():
     network, images = Network([20, 6, 6]), data()
-    plain = linear_probe(network, images, **CPU), per_label_goodness(network, images, **CPU), softmax_head(network, images, **CPU).weight
+    plain = (
+        linear_probe(network, images, **CPU),
+        per_label_goodness(network, images, **CPU),
+        softmax_head(network, images, **CPU).weight,
+    )
     with torch.inference_mode():
-        inside = linear_probe(network, images, **CPU), per_label_goodness(network, images, **CPU), softmax_head(network, images, **CPU).weight
+        inside = (
+            linear_probe(network, images, **CPU),
+            per_label_goodness(network, images, **CPU),
+            softmax_head(network, images, **CPU).weight,
+        )
     assert plain[:2] == inside[:2] and torch.equal(plain[2], inside[2])
 
 
@@ -646,7 +799,10 @@ def test_strategies_and_readouts_under_another_default_dtype():
                 train(network, images, make_strategy(name, 3), epochs=1, **QUIET)
                 assert all(p.dtype == torch.float32 for p in network.layers.parameters())
                 if STRATEGIES[name].has_negatives:
-                    assert make_strategy(name, 3).generate(images.x_train, images.y_train, None, seeded()).dtype == torch.float32
+                    assert (
+                        make_strategy(name, 3).generate(images.x_train, images.y_train, None, seeded()).dtype
+                        == torch.float32
+                    )
             g, f = label_goodness(blank, images.x_test, 3, **CPU), features(blank, images.x_test, 3, **CPU)
             assert g.dtype == f[0].dtype == torch.float32
             plain[dtype] = linear_probe(blank, images, **CPU)

@@ -1,4 +1,5 @@
 """Reach: against the transfer errors and a brute-force count of distances; what is frozen, what has no answer."""
+
 import json
 from dataclasses import replace
 
@@ -48,7 +49,10 @@ def test_all_layers_together_are_read_and_only_layers_that_were_asked_for(digits
 
 
 def test_two_layers_have_nothing_joined(digits):
-    assert set(readings(Network([64, 20, 20]), digits, neutral_label=False, **CPU)["usual"]["test"]) == {"layer_1", "layer_2"}
+    assert set(readings(Network([64, 20, 20]), digits, neutral_label=False, **CPU)["usual"]["test"]) == {
+        "layer_1",
+        "layer_2",
+    }
 
 
 def test_length_reads_what_normalisation_takes_away():
@@ -88,7 +92,11 @@ def test_sensitivity_does_not_touch_the_images_and_knows_its_limits(digits, netw
     x = digits.x_test[:20]
     before = x.clone()
     assert sensitivity(network, x, lambda z, g: z, **CPU) == [0, 0, 0]
-    assert sensitivity(network, x, "noise", seed=1, **CPU) == sensitivity(network, x, "noise", seed=1, **CPU) != sensitivity(network, x, "noise", seed=2, **CPU)
+    assert (
+        sensitivity(network, x, "noise", seed=1, **CPU)
+        == sensitivity(network, x, "noise", seed=1, **CPU)
+        != sensitivity(network, x, "noise", seed=2, **CPU)
+    )
     assert torch.equal(x, before)
     same = x[:1].repeat(5, 1, 1, 1)
     assert all(s != s for s in sensitivity(network, same, lambda z, g: z, **CPU))

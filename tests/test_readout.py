@@ -1,4 +1,5 @@
 """Read-outs: against the naive loop over labels and scikit-learn's optimum, and with unusual or unusable input."""
+
 import math
 from dataclasses import replace
 
@@ -9,8 +10,18 @@ from sklearn.linear_model import LogisticRegression
 from ff_research.goodness import mean_activity, mean_of_squares, sum_of_squares
 from ff_research.labels import neutral, overlay
 from ff_research.layers import Network, activities
-from ff_research.readout import (Probe, features, fit_probe, fit_ridge, head_error, label_goodness, linear_probe, per_label_goodness, probe_errors,
-                                 softmax_head)
+from ff_research.readout import (
+    Probe,
+    features,
+    fit_probe,
+    fit_ridge,
+    head_error,
+    label_goodness,
+    linear_probe,
+    per_label_goodness,
+    probe_errors,
+    softmax_head,
+)
 from ff_research.strategies import STRATEGIES
 from ff_research.training import train, train_backprop
 
@@ -28,11 +39,12 @@ def naive(network, x, num_classes, first, goodness):
     columns = []
     for k in range(num_classes):
         layers = activities(network, overlay(x, torch.full((len(x),), k), num_classes), normalised=False)
-        columns.append(sum(goodness(h) for h in layers[first - 1:]))
+        columns.append(sum(goodness(h) for h in layers[first - 1 :]))
     return torch.stack(columns, 1)
 
 
 # Read-out A
+
 
 @pytest.mark.parametrize("goodness", [sum_of_squares, mean_of_squares, mean_activity])
 @pytest.mark.parametrize("first", [1, 2, 3])
@@ -70,6 +82,7 @@ def test_one_image(digits, network):
 
 # Features
 
+
 def test_features_are_those_of_the_neutral_label(digits, network):
     got = features(network, digits.x_test[:50], 10, batch_size=8, **CPU)
     for f, expected in zip(got, activities(network, neutral(digits.x_test[:50], 10))):
@@ -97,6 +110,7 @@ def test_reading_changes_nothing(digits, network):
 
 # The linear reader
 
+
 def value(probe, f, y):
     return (torch.nn.functional.cross_entropy(probe.logits(f), y) + probe.l2 / 2 * probe.weight.square().sum()).item()
 
@@ -112,10 +126,16 @@ def clusters(samples=200, dimensions=12, classes=4, seed=0):
 def test_probe_reaches_the_optimum_of_scikit_learn(strength):
     f, y = clusters()
     mine = fit_probe(f, y, 4, l2=(strength,), steps=500)
-    other = LogisticRegression(C=1 / (strength * len(y)), tol=1e-9, max_iter=20_000).fit(((f - mine.mean) * mine.scale).double(), y)
-    theirs = Probe(torch.tensor(other.coef_.T).float(), torch.tensor(other.intercept_).float(), mine.mean, mine.scale, strength)
+    other = LogisticRegression(C=1 / (strength * len(y)), tol=1e-9, max_iter=20_000).fit(
+        ((f - mine.mean) * mine.scale).double(), y
+    )
+    theirs = Probe(
+        torch.tensor(other.coef_.T).float(), torch.tensor(other.intercept_).float(), mine.mean, mine.scale, strength
+    )
     assert value(mine, f, y) == pytest.approx(value(theirs, f, y), abs=2e-5)
-    assert mine.error(f, y) == pytest.approx(100 * (1 - other.score(((f - mine.mean) * mine.scale).double(), y)), abs=0.6)
+    assert mine.error(f, y) == pytest.approx(
+        100 * (1 - other.score(((f - mine.mean) * mine.scale).double(), y)), abs=0.6
+    )
 
 
 def test_default_steps_are_enough_on_real_features(digits, network):
@@ -131,7 +151,9 @@ def test_softened_labels_are_weighted_samples(smoothing):
     mine = fit_probe(f, y, 4, l2=(1e-2,), steps=500, smoothing=smoothing)
     z = (f - mine.mean) * mine.scale
     share = smoothing / 4 + (1 - smoothing) * torch.nn.functional.one_hot(y, 4)
-    theirs = LogisticRegression(C=1 / (1e-2 * 200), tol=1e-10, max_iter=10_000).fit(z.repeat_interleave(4, 0).double(), torch.arange(4).repeat(200), sample_weight=share.flatten().double())
+    theirs = LogisticRegression(C=1 / (1e-2 * 200), tol=1e-10, max_iter=10_000).fit(
+        z.repeat_interleave(4, 0).double(), torch.arange(4).repeat(200), sample_weight=share.flatten().double()
+    )
     logits = mine.logits(f).double()
     other = z.double() @ torch.tensor(theirs.coef_.T) + torch.tensor(theirs.intercept_)
     assert torch.allclose(logits.softmax(1), other.softmax(1), atol=1e-3)
@@ -146,7 +168,10 @@ def test_a_smoothing_is_a_share(smoothing):
 
 def test_probe_is_free_of_shift_and_scale():
     f, y = clusters()
-    a, b = fit_probe(f, y, 4, l2=(0.1,), steps=500), fit_probe(f * torch.logspace(-2, 2, 12) + 50, y, 4, l2=(0.1,), steps=500)
+    a, b = (
+        fit_probe(f, y, 4, l2=(0.1,), steps=500),
+        fit_probe(f * torch.logspace(-2, 2, 12) + 50, y, 4, l2=(0.1,), steps=500),
+    )
     torch.testing.assert_close(a.weight, b.weight, rtol=1e-2, atol=1e-3)
 
 
@@ -194,6 +219,7 @@ def test_mismatched_counts():
 
 # The read-outs of a network
 
+
 def test_softmax_head_and_linear_probe_agree(digits, network):
     "The head is the probe of the layers from the second on."
     head, probes = softmax_head(network, digits, **CPU), linear_probe(network, digits, **CPU)
@@ -234,22 +260,31 @@ def test_head_error(digits):
     assert head_error(network, digits, split="train", **CPU) < 10
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda n, d: per_label_goodness(n, replace(d, y_test=d.y_test[:-1]), **CPU), "360 images and 359 labels"),
-    (lambda n, d: per_label_goodness(n, replace(d, x_test=d.x_test[:0], y_test=d.y_test[:0]), **CPU), "at least one"),
-    (lambda n, d: per_label_goodness(n, d, split="tset", **CPU), "did you mean 'test'"),
-    (lambda n, d: per_label_goodness(n, d, first=0, **CPU), "first=0: the network has the layers 1…3"),
-    (lambda n, d: per_label_goodness(n, d, first=4, **CPU), "first=4"),
-    (lambda n, d: label_goodness(n, d.x_test, 65, **CPU), "65 classes need as many pixels"),
-    (lambda n, d: label_goodness(n, torch.rand(3, 1, 9, 9), 10, **CPU), "81 pixels, but the network's first layer takes 64"),
-    (lambda n, d: features(n, torch.rand(3, 1, 9, 9), 10, **CPU), "81 pixels"),
-    (lambda n, d: linear_probe(n, replace(d, y_train=d.y_train[:-1]), **CPU), "1437 images and 1436 labels"),
-    (lambda n, d: linear_probe(n, replace(d, y_test=d.y_test[:-1]), **CPU), "360 images and 359 labels"),
-    (lambda n, d: softmax_head(n, d, first=0, **CPU), "first=0"),
-    (lambda n, d: softmax_head(n, d, first=9, **CPU), "first=9"),
-    (lambda n, d: head_error(n, d, **CPU), "the network has no head"),
-    (lambda n, d: features(n, d.x_test, 10, precision="fp8", device="cpu"), "unknown precision"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda n, d: per_label_goodness(n, replace(d, y_test=d.y_test[:-1]), **CPU), "360 images and 359 labels"),
+        (
+            lambda n, d: per_label_goodness(n, replace(d, x_test=d.x_test[:0], y_test=d.y_test[:0]), **CPU),
+            "at least one",
+        ),
+        (lambda n, d: per_label_goodness(n, d, split="tset", **CPU), "did you mean 'test'"),
+        (lambda n, d: per_label_goodness(n, d, first=0, **CPU), "first=0: the network has the layers 1…3"),
+        (lambda n, d: per_label_goodness(n, d, first=4, **CPU), "first=4"),
+        (lambda n, d: label_goodness(n, d.x_test, 65, **CPU), "65 classes need as many pixels"),
+        (
+            lambda n, d: label_goodness(n, torch.rand(3, 1, 9, 9), 10, **CPU),
+            "81 pixels, but the network's first layer takes 64",
+        ),
+        (lambda n, d: features(n, torch.rand(3, 1, 9, 9), 10, **CPU), "81 pixels"),
+        (lambda n, d: linear_probe(n, replace(d, y_train=d.y_train[:-1]), **CPU), "1437 images and 1436 labels"),
+        (lambda n, d: linear_probe(n, replace(d, y_test=d.y_test[:-1]), **CPU), "360 images and 359 labels"),
+        (lambda n, d: softmax_head(n, d, first=0, **CPU), "first=0"),
+        (lambda n, d: softmax_head(n, d, first=9, **CPU), "first=9"),
+        (lambda n, d: head_error(n, d, **CPU), "the network has no head"),
+        (lambda n, d: features(n, d.x_test, 10, precision="fp8", device="cpu"), "unknown precision"),
+    ],
+)
 def test_wrong_input(digits, network, call, message):
     with pytest.raises(ValueError) as error:
         call(network, digits)
@@ -257,6 +292,7 @@ def test_wrong_input(digits, network, call, message):
 
 
 # The reader in closed form
+
 
 def some_features(n=400, d=30, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
@@ -271,7 +307,9 @@ def test_ridge_is_the_minimum_of_its_objective(strength):
     probe = fit_ridge(f, y, 4, l2=(strength,))
     z = (f - probe.mean) * probe.scale
     weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
-    loss = (z @ weight + bias - torch.nn.functional.one_hot(y, 4)).square().sum() / len(y) + strength * weight.square().sum()
+    loss = (z @ weight + bias - torch.nn.functional.one_hot(y, 4)).square().sum() / len(
+        y
+    ) + strength * weight.square().sum()
     assert all(g.abs().max() < 1e-10 for g in torch.autograd.grad(loss, (weight, bias)))
 
 
@@ -279,7 +317,9 @@ def test_ridge_chooses_on_validation_and_takes_the_strongest_of_equals():
     f, y = some_features()
     strengths = (1.0, 1e-2, 1e-4)
     errors = {s: fit_ridge(f[:200], y[:200], 4, l2=(s,)).error(f[200:], y[200:]) for s in strengths}
-    assert errors[fit_ridge(f[:200], y[:200], 4, l2=strengths[::-1], validation=(f[200:], y[200:])).l2] == min(errors.values())
+    assert errors[fit_ridge(f[:200], y[:200], 4, l2=strengths[::-1], validation=(f[200:], y[200:])).l2] == min(
+        errors.values()
+    )
     assert fit_ridge(f, y, 4, l2=(1e-4, 1.0)).l2 == 1.0
     assert fit_ridge(f[:, :0], y, 4, validation=(f[:, :0], y)).l2 == 1.0
 
@@ -288,12 +328,23 @@ def test_ridge_of_dead_doubled_and_too_many_features():
     f, y = some_features(50, 30)
     dead = torch.cat([f, torch.zeros(50, 5), f, torch.full((50, 200), 3.0)], 1)
     probe = fit_ridge(dead, y, 4)
-    assert torch.isfinite(probe.logits(dead)).all() and probe.weight[30:35].abs().max() == 0 == probe.weight[65:].abs().max()
-    assert fit_ridge(torch.ones(50, 7), y, 4).error(torch.ones(50, 7), y) == pytest.approx(100 - 100 * y.bincount().max().item() / 50)
+    assert (
+        torch.isfinite(probe.logits(dead)).all()
+        and probe.weight[30:35].abs().max() == 0 == probe.weight[65:].abs().max()
+    )
+    assert fit_ridge(torch.ones(50, 7), y, 4).error(torch.ones(50, 7), y) == pytest.approx(
+        100 - 100 * y.bincount().max().item() / 50
+    )
 
 
-@pytest.mark.parametrize("change, message", [(lambda f, y: (f.index_fill(0, torch.tensor([3]), math.nan), y), "NaN or infinite"),
-                                             (lambda f, y: (f, y[:-1]), "as many labels"), (lambda f, y: (f[:0], y[:0]), "at least one")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f, y: (f.index_fill(0, torch.tensor([3]), math.nan), y), "NaN or infinite"),
+        (lambda f, y: (f, y[:-1]), "as many labels"),
+        (lambda f, y: (f[:0], y[:0]), "at least one"),
+    ],
+)
 def test_ridge_refuses_what_the_softmax_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         fit_ridge(*change(*some_features()), 4)

@@ -1,4 +1,5 @@
 """Rows under stress: many writers, kills, full disks, files cut at every byte; and the statistics against SciPy."""
+
 import csv
 import io
 import json
@@ -17,13 +18,33 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ff_research import results
-from ff_research.results import DamagedRow, append_row, as_table, column, latest, paired_difference, publish, published, read_rows, same_run, spread, summary, value
+from ff_research.results import (
+    DamagedRow,
+    append_row,
+    as_table,
+    column,
+    latest,
+    paired_difference,
+    publish,
+    published,
+    read_rows,
+    same_run,
+    spread,
+    summary,
+    value,
+)
 
 
 def start(code, *arguments, **options):
     "A process of its own that has `append_row` and `path`."
     head = "import sys\nfrom pathlib import Path\nfrom ff_research.results import append_row, read_rows, same_run\npath = Path(sys.argv[1])\n"
-    return subprocess.Popen([sys.executable, "-c", head + code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", head + code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def rows_of(numbers, recipe="r"):
@@ -31,6 +52,7 @@ def rows_of(numbers, recipe="r"):
 
 
 # Files
+
 
 def test_many_writers_lose_and_double_nothing(tmp_path):
     path = tmp_path / "new" / "r.jsonl"
@@ -51,7 +73,9 @@ def test_writers_of_the_same_runs_leave_one_row_each(tmp_path):
 
 def test_killed_writer_loses_no_row_it_has_reported(tmp_path):
     path = tmp_path / "r.jsonl"
-    writer = start("for i in range(10**6):\n    append_row(path, dict(i=i, filler='x' * 5000))\n    print(i, flush=True)", path)
+    writer = start(
+        "for i in range(10**6):\n    append_row(path, dict(i=i, filler='x' * 5000))\n    print(i, flush=True)", path
+    )
     for _ in range(20):
         reported = int(writer.stdout.readline())
     writer.send_signal(signal.SIGKILL)
@@ -59,7 +83,7 @@ def test_killed_writer_loses_no_row_it_has_reported(tmp_path):
     reported = int(rest[-1]) if rest else reported
     append_row(path, dict(i="after"))  # the dead process holds no lock
     rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
-    assert [row["i"] for row in rows[:reported + 1]] == list(range(reported + 1)) and rows[-1] == dict(i="after")
+    assert [row["i"] for row in rows[: reported + 1]] == list(range(reported + 1)) and rows[-1] == dict(i="after")
 
 
 def test_a_full_disk_takes_nothing_and_leaves_no_half_line(tmp_path):
@@ -77,7 +101,7 @@ append_row(path, dict(seed=2))
 """
     out, err = start(code, path).communicate()
     assert "cannot write a row" in out and "r.jsonl" in out and err == ""
-    assert path.read_bytes()[:len(before)] == before and [row["seed"] for row in read_rows(path)] == [0, 2]
+    assert path.read_bytes()[: len(before)] == before and [row["seed"] for row in read_rows(path)] == [0, 2]
 
 
 def test_folders_that_cannot_be_written(tmp_path):
@@ -104,7 +128,7 @@ def test_a_file_cut_at_any_byte_loses_only_the_cut_row(tmp_path):
         kept = whole[:size].count(b"\n")
         last = whole[:size].rpartition(b"\n")[2]
         if not last or last.endswith(b"}"):
-            assert read_rows(path) == rows[:kept + bool(last)]
+            assert read_rows(path) == rows[: kept + bool(last)]
         else:
             with pytest.raises(DamagedRow, match=f"r.jsonl, line {kept + 1}: damaged"):
                 read_rows(path)
@@ -113,9 +137,20 @@ def test_a_file_cut_at_any_byte_loses_only_the_cut_row(tmp_path):
         assert [json.loads(line) for line in lines[:kept]] == rows[:kept] and lines[-2:] == [b'{"seed": "new"}', b""]
 
 
-@pytest.mark.parametrize("line, said", [
-    (b"[1, 2]", "found list"), (b"null", "found NoneType"), (b"3", "found int"), (b"{'a': 1}", "damaged"), (b'{"a": 1} {"b": 2}', "damaged"), (b"\0" * 20, "damaged"),
-    (b"[" * 100_000, "damaged"), (b'{"a": "\xff"}', "damaged"), (b"text", "damaged")])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (b"[1, 2]", "found list"),
+        (b"null", "found NoneType"),
+        (b"3", "found int"),
+        (b"{'a': 1}", "damaged"),
+        (b'{"a": 1} {"b": 2}', "damaged"),
+        (b"\0" * 20, "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b'{"a": "\xff"}', "damaged"),
+        (b"text", "damaged"),
+    ],
+)
 def test_lines_that_are_no_rows(line, said, tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"a": 1}\r\n\n' + line + b'\n{"a": 2}\n')
@@ -132,7 +167,11 @@ def test_what_json_cannot_hold_leaves_the_file_alone(tmp_path):
     assert not path.exists()
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
 
 
 @settings(deadline=None, max_examples=40)
@@ -153,6 +192,7 @@ def test_a_damaged_file_stops_the_search_for_the_same_run(tmp_path):
 
 
 # Which rows
+
 
 def test_latest_never_mixes_settings():
     old = [dict(recipe="r", seed=seed, config=dict(lr=1), e=1) for seed in range(5)]
@@ -175,12 +215,17 @@ def test_publish_and_published(tmp_path, monkeypatch):
     for row in rows_of([1, 2]):
         append_row(tmp_path / "own" / "r.jsonl", row)
     append_row(tmp_path / "own" / "s.jsonl", dict(recipe="s", seed=0))
-    assert publish("r", tmp_path / "own") == 2 and publish("r", tmp_path / "own") == 0 and publish("absent", tmp_path / "own") == 0
+    assert (
+        publish("r", tmp_path / "own") == 2
+        and publish("r", tmp_path / "own") == 0
+        and publish("absent", tmp_path / "own") == 0
+    )
     assert published("r") == published() == rows_of([1, 2])
     assert publish("s", tmp_path / "own") == 1 and len(published()) == 3
 
 
 # Statistics
+
 
 def test_summary_against_scipy():
     rng = np.random.default_rng(0)
@@ -188,7 +233,10 @@ def test_summary_against_scipy():
         x = rng.exponential(size=n)
         s = summary(rows_of(x), "e")
         low, high = stats.t.interval(0.95, n - 1, x.mean(), stats.sem(x))
-        assert np.allclose([s["mean"], s["std"], s["low"], s["high"]], [x.mean(), x.std(ddof=1), low, high]) and s["n"] == n
+        assert (
+            np.allclose([s["mean"], s["std"], s["low"], s["high"]], [x.mean(), x.std(ddof=1), low, high])
+            and s["n"] == n
+        )
     constant = summary(rows_of([2.0] * 4), "e")
     assert constant == dict(mean=2, std=0, low=2, high=2, n=4)
 
@@ -196,17 +244,24 @@ def test_summary_against_scipy():
 def test_paired_difference_against_scipy_and_all_resamples():
     d = np.array([0.3, -0.1, 0.8, 0.4, 0.2])
     got = paired_difference(rows_of(d), rows_of(d * 0), "e")
-    theirs = stats.bootstrap((d,), np.mean, method="percentile", n_resamples=20000, rng=np.random.default_rng(9)).confidence_interval
+    theirs = stats.bootstrap(
+        (d,), np.mean, method="percentile", n_resamples=20000, rng=np.random.default_rng(9)
+    ).confidence_interval
     exact = np.quantile([np.mean(draw) for draw in product(d, repeat=5)], (0.025, 0.975))
-    assert np.allclose((got["low"], got["high"]), theirs, atol=0.03) and np.allclose((got["low"], got["high"]), exact, atol=0.03)
+    assert np.allclose((got["low"], got["high"]), theirs, atol=0.03) and np.allclose(
+        (got["low"], got["high"]), exact, atol=0.03
+    )
     assert got == paired_difference(rows_of(d), rows_of(d * 0), "e")
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.floats(-5, 5), min_size=3, max_size=6), st.lists(st.floats(-50, 50), min_size=6, max_size=6))
 def test_what_seeds_share_cancels(d, hard):
-    hard = np.array(hard[:len(d)])
-    plain, shifted = paired_difference(rows_of(d), rows_of(np.zeros(len(d))), "e"), paired_difference(rows_of(d + hard), rows_of(hard), "e")
+    hard = np.array(hard[: len(d)])
+    plain, shifted = (
+        paired_difference(rows_of(d), rows_of(np.zeros(len(d))), "e"),
+        paired_difference(rows_of(d + hard), rows_of(hard), "e"),
+    )
     assert all(np.isclose(plain[key], shifted[key], atol=1e-9) for key in ("mean", "low", "high"))
     assert min(d) - 1e-9 <= plain["low"] <= plain["high"] <= max(d) + 1e-9
 
@@ -220,7 +275,9 @@ def test_too_few_pairs_and_no_scatter():
     for a, common in (([], 0), (rows_of([1.0]), 1)):
         with pytest.raises(ValueError, match=f"{common} common seeds"):
             paired_difference(a, rows_of([1.0, 2.0]), "e")
-    assert paired_difference(rows_of([1.0, 2.0]), rows_of([0.5, 1.5]), "e") == dict(mean=0.5, low=0.5, high=0.5, t_low=0.5, t_high=0.5, n=2, real=True)
+    assert paired_difference(rows_of([1.0, 2.0]), rows_of([0.5, 1.5]), "e") == dict(
+        mean=0.5, low=0.5, high=0.5, t_low=0.5, t_high=0.5, n=2, real=True
+    )
 
 
 def test_a_difference_is_real_only_where_both_intervals_say_so():
@@ -229,9 +286,14 @@ def test_a_difference_is_real_only_where_both_intervals_say_so():
     student = stats.ttest_1samp(d, 0).confidence_interval(0.95)
     assert np.allclose((got["t_low"], got["t_high"]), (student.low, student.high))
     assert got["low"] > 0 > got["t_low"] and not got["real"]
-    assert paired_difference(rows_of(d + 1), rows_of(np.zeros(5)), "e")["real"] and paired_difference(rows_of(-d - 1), rows_of(np.zeros(5)), "e")["real"]
+    assert (
+        paired_difference(rows_of(d + 1), rows_of(np.zeros(5)), "e")["real"]
+        and paired_difference(rows_of(-d - 1), rows_of(np.zeros(5)), "e")["real"]
+    )
     renamed = [dict(seed=seed, f=0.0) for seed in range(2)]
-    assert paired_difference(rows_of([1.0, 2.0]), renamed, "e", "f") == paired_difference(rows_of([1.0, 2.0]), rows_of([0.0, 0.0]), "e")
+    assert paired_difference(rows_of([1.0, 2.0]), renamed, "e", "f") == paired_difference(
+        rows_of([1.0, 2.0]), rows_of([0.0, 0.0]), "e"
+    )
 
 
 def test_mixed_recipes_are_refused():
@@ -241,7 +303,9 @@ def test_mixed_recipes_are_refused():
             action()
 
 
-@pytest.mark.parametrize("key, expected", [("a", {"b": 0}), ("a.b", 0), ("a.b.c", None), ("x", None), ("a.x", None), ("n", None)])
+@pytest.mark.parametrize(
+    "key, expected", [("a", {"b": 0}), ("a.b", 0), ("a.b.c", None), ("x", None), ("a.x", None), ("n", None)]
+)
 def test_value(key, expected):
     assert value({"a": {"b": 0}, "n": None}, key) == expected
 

@@ -1,4 +1,5 @@
 """Checkpoints: a run that is really killed resumes to the bits of an unbroken one; unusable checkpoints are refused and lose nothing."""
+
 import json
 import os
 import resource
@@ -22,7 +23,9 @@ EPOCHS, BATCHES = 4, 15  # of digits, in batches of 100
 RUNS = {
     "together": dict(method="train", seed=7, objective=None),
     "greedy": dict(method="train", seed=7, schedule="greedy", optimizer="adamw"),
-    "redrawn": dict(method="train", seed=7, schedule="greedy", optimizer="adamw", epochs=(1, 3), strategy="self_contrastive"),
+    "redrawn": dict(
+        method="train", seed=7, schedule="greedy", optimizer="adamw", epochs=(1, 3), strategy="self_contrastive"
+    ),
     "bf16": dict(method="train", seed=7, precision="bf16", optimizer="adamw"),
     "backprop": dict(method="train_backprop", seed=7),
 }
@@ -31,7 +34,10 @@ RUNS = {
 def run(name, checkpoint=None, strategy=None):
     "One of the runs above: its weights, what peer normalisation remembers, and its history without the seconds."
     options = dict(epochs=EPOCHS, checkpoint=checkpoint, progress=False, device="cpu", precision="fp32") | RUNS[name]
-    forward, strategy = options.pop("method") == "train", strategy or STRATEGIES[options.pop("strategy", "label_embedding")](10)
+    forward, strategy = (
+        options.pop("method") == "train",
+        strategy or STRATEGIES[options.pop("strategy", "label_embedding")](10),
+    )
     network = Network([64, 40, 40], peer=0.03, full_gradient=forward)
     if forward:
         history = train(network, load("digits"), strategy, **options)
@@ -72,7 +78,9 @@ test_resume.run(name, sys.argv[6])
 def killed(name, where, count, checkpoint):
     "Run in a process of its own until it is killed."
     arguments = [name, where, count, torch.get_num_threads(), os.path.dirname(__file__), checkpoint]
-    child = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr
 
 
@@ -85,15 +93,18 @@ def unbroken():
     return {name: run(name) for name in RUNS}
 
 
-@pytest.mark.parametrize("name, where, count, stored", [
-    ("together", "step", 5, 0),                             # in the first epoch
-    ("together", "step", 2 * (3 * BATCHES + 4) + 1, 3),     # in the last, between two layers of one batch
-    ("together", "write", 2, 1),                            # while the second epoch is being written
-    ("greedy", "step", EPOCHS * BATCHES + 2 * BATCHES + 3, EPOCHS + 2),  # in the second layer
-    ("redrawn", "step", 2 * BATCHES + 3, 2),
-    ("bf16", "step", 2 * (2 * BATCHES + 9), 2),
-    ("backprop", "step", 2 * BATCHES + 1, 2),
-])
+@pytest.mark.parametrize(
+    "name, where, count, stored",
+    [
+        ("together", "step", 5, 0),  # in the first epoch
+        ("together", "step", 2 * (3 * BATCHES + 4) + 1, 3),  # in the last, between two layers of one batch
+        ("together", "write", 2, 1),  # while the second epoch is being written
+        ("greedy", "step", EPOCHS * BATCHES + 2 * BATCHES + 3, EPOCHS + 2),  # in the second layer
+        ("redrawn", "step", 2 * BATCHES + 3, 2),
+        ("bf16", "step", 2 * (2 * BATCHES + 9), 2),
+        ("backprop", "step", 2 * BATCHES + 1, 2),
+    ],
+)
 def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, name, where, count, stored):
     path = tmp_path / "run.safetensors"
     killed(name, where, count, path)
@@ -151,10 +162,20 @@ def refused(path, digits, network=None, images=None, **changes):
     return str(error.value)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda bits: b"", lambda bits: bits[:5], lambda bits: bits[:-1], lambda bits: bits[:len(bits) // 2], lambda bits: bits + b"more",
-    lambda bits: b"\xff" * 8 + bits[8:], lambda bits: b"PK\x03\x04" + bits[4:], lambda bits: os.urandom(1000),
-], ids=["empty", "5 bytes", "one byte short", "half", "too long", "huge header", "zip", "noise"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda bits: b"",
+        lambda bits: bits[:5],
+        lambda bits: bits[:-1],
+        lambda bits: bits[: len(bits) // 2],
+        lambda bits: bits + b"more",
+        lambda bits: b"\xff" * 8 + bits[8:],
+        lambda bits: b"PK\x03\x04" + bits[4:],
+        lambda bits: os.urandom(1000),
+    ],
+    ids=["empty", "5 bytes", "one byte short", "half", "too long", "huge header", "zip", "noise"],
+)
 def test_damaged(path, digits, damage):
     path.write_bytes(damage(path.read_bytes()))
     assert "damaged, or no checkpoint of ff_research" in refused(path, digits)
@@ -165,15 +186,18 @@ def test_safetensors_of_another_program(path, digits):
     assert "no checkpoint of ff_research" in refused(path, digits)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(lr=0.5), "lr is 0.001 there, 0.5 here"),
-    (dict(seed=1), "seed is 0 there, 1 here"),
-    (dict(epochs=3), "epochs is 2 there, 3 here"),
-    (dict(optimizer="adamw"), "optimizer is 'sgd' there, 'adamw' here"),
-    (dict(schedule="greedy"), "schedule is 'together' there, 'greedy' here"),
-    (dict(precision="bf16"), "precision is 'fp32' there, 'bf16' here"),
-    (dict(objective=symba()), "symba_loss"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(lr=0.5), "lr is 0.001 there, 0.5 here"),
+        (dict(seed=1), "seed is 0 there, 1 here"),
+        (dict(epochs=3), "epochs is 2 there, 3 here"),
+        (dict(optimizer="adamw"), "optimizer is 'sgd' there, 'adamw' here"),
+        (dict(schedule="greedy"), "schedule is 'together' there, 'greedy' here"),
+        (dict(precision="bf16"), "precision is 'fp32' there, 'bf16' here"),
+        (dict(objective=symba()), "symba_loss"),
+    ],
+)
 def test_of_another_run(path, digits, changes, message):
     said = refused(path, digits, **changes)
     assert "belongs to another run" in said and message in said and len(said) < 600
@@ -187,7 +211,9 @@ def test_of_another_network(path, digits):
 
 def test_of_other_images(path, digits):
     "The same data set with fewer training images, as in tuning, is another run."
-    assert "1437 training images [1, 8, 8]' there, 'digits, 1137 training images" in refused(path, digits, images=hold_out(digits, 300))
+    assert "1437 training images [1, 8, 8]' there, 'digits, 1137 training images" in refused(
+        path, digits, images=hold_out(digits, 300)
+    )
 
 
 def test_of_backpropagation(path, digits):
@@ -212,6 +238,7 @@ def settings_of(path):
 
 
 # Places that cannot be written
+
 
 def test_unwritable_place_is_found_before_training(tmp_path, digits):
     (tmp_path / "file").write_text("in the way")

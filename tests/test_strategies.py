@@ -1,4 +1,5 @@
 """Strategies: what all ten promise on any images, what each one does at its edges, and checkpoints that hold what a strategy learns."""
+
 import json
 
 import pytest
@@ -8,12 +9,37 @@ from ff_research import strategies
 from ff_research.data import Images
 from ff_research.labels import overlay
 from ff_research.layers import Network, add_product_gradient, normalise, product
-from ff_research.strategies import (STRATEGIES, LabelEmbeddingStrategy, MaskingStrategy, Paired, PlainPositives, Strategy, blur_matrix, blurred_masks,
-                                    make_strategy, other_class, partners, register, shifted, unlike)
+from ff_research.strategies import (
+    STRATEGIES,
+    LabelEmbeddingStrategy,
+    MaskingStrategy,
+    Paired,
+    PlainPositives,
+    Strategy,
+    blur_matrix,
+    blurred_masks,
+    make_strategy,
+    other_class,
+    partners,
+    register,
+    shifted,
+    unlike,
+)
 from ff_research.readout import label_goodness
 from ff_research.training import train, train_backprop
 
-TEN = ["label_embedding", "class_confusion", "hard_mining", "image_mixing", "masking", "random_noise", "layer_wise", "adversarial", "self_contrastive", "mono_forward"]
+TEN = [
+    "label_embedding",
+    "class_confusion",
+    "hard_mining",
+    "image_mixing",
+    "masking",
+    "random_noise",
+    "layer_wise",
+    "adversarial",
+    "self_contrastive",
+    "mono_forward",
+]
 WITH = [name for name in TEN if STRATEGIES[name].has_negatives]
 QUIET = dict(lr=3e-3, optimizer="adamw", precision="fp32", device="cpu", progress=False)
 
@@ -60,7 +86,9 @@ def test_promises(name, shape, dtype):
     positive = strategy.create_positive(x, y)
     streams = strategy.streams(x, y, network, seeded())
     assert positive.shape == x.shape and positive.dtype == torch.float32
-    assert (streams.rows if not isinstance(streams, torch.Tensor) else len(streams)) == len(x) * (classes if strategy.many_negatives else 1 + strategy.has_negatives)
+    assert (streams.rows if not isinstance(streams, torch.Tensor) else len(streams)) == len(x) * (
+        classes if strategy.many_negatives else 1 + strategy.has_negatives
+    )
     assert positive.data_ptr() != x.data_ptr()
     if strategy.has_negatives:
         for asked in (network, None):
@@ -145,6 +173,7 @@ def test_one_class_only(digits):
 
 
 # Parts
+
 
 def test_other_class_reaches_everyone_and_no_one_else():
     y = torch.tensor([5, 0, 5, 2, 0, 5, 9])
@@ -249,6 +278,7 @@ def test_hard_mining_learns_its_own_head_and_nothing_else(digits):
 
 def test_hard_mining_begins_anew_for_each_training(digits):
     "One strategy object for several runs gives what several objects give."
+
     def weights(strategy):
         network = Network([64, 20, 20])
         train(network, digits, strategy, epochs=1, **QUIET)
@@ -261,17 +291,23 @@ def test_hard_mining_begins_anew_for_each_training(digits):
 
 # Pairs
 
+
 @pytest.fixture
 def pair():
-    return Paired(normalise(torch.rand(20, 12, generator=seeded(), dtype=torch.float64)), partners(20, generator=seeded(1)))
+    return Paired(
+        normalise(torch.rand(20, 12, generator=seeded(), dtype=torch.float64)), partners(20, generator=seeded(1))
+    )
 
 
 def test_paired_product_and_gradients(pair):
     g = seeded(2)
-    weight, bias = torch.randn(7, 12, generator=g, dtype=torch.float64, requires_grad=True), torch.randn(7, generator=g, dtype=torch.float64)
+    weight, bias = (
+        torch.randn(7, 12, generator=g, dtype=torch.float64, requires_grad=True),
+        torch.randn(7, generator=g, dtype=torch.float64),
+    )
     dense, dz = pair.dense() @ weight.T + bias, torch.randn(40, 7, generator=g, dtype=torch.float64)
-    oracle, = torch.autograd.grad(dense, weight, dz)
-    through, = torch.autograd.grad(product(pair, weight, bias), weight, dz)
+    (oracle,) = torch.autograd.grad(dense, weight, dz)
+    (through,) = torch.autograd.grad(product(pair, weight, bias), weight, dz)
     out, total = torch.empty(40, 7, dtype=torch.float64), torch.randn(7, 12, generator=g, dtype=torch.float64)
     expected = 0.9 * total + oracle
     assert torch.allclose(product(pair, weight.detach(), bias, out=out), dense) and torch.allclose(out, dense)
@@ -294,13 +330,23 @@ def test_paired_prepare(digits):
 @pytest.mark.parametrize("repair", [False, True])
 @pytest.mark.parametrize("triangle", [False, True])
 def test_self_contrastive_trains_with_every_option(repair, triangle, digits):
-    history = train(Network([64, 40, 40], triangle=triangle), digits, make_strategy("self_contrastive", 10, repair=repair), epochs=3, **QUIET)
+    history = train(
+        Network([64, 40, 40], triangle=triangle),
+        digits,
+        make_strategy("self_contrastive", 10, repair=repair),
+        epochs=3,
+        **QUIET,
+    )
     assert min(history.column("separation")[-1]) > 0.6
 
 
 # Names and classes of one's own
 
-@pytest.mark.parametrize("wrong, near", [("hard-mining", "hard_mining"), ("mono", "mono_forward"), ("maskin", "masking"), ("image mixing", "image_mixing")])
+
+@pytest.mark.parametrize(
+    "wrong, near",
+    [("hard-mining", "hard_mining"), ("mono", "mono_forward"), ("maskin", "masking"), ("image mixing", "image_mixing")],
+)
 def test_unknown_names_are_answered_with_the_nearest(wrong, near):
     with pytest.raises(ValueError, match=f"unknown strategy '{wrong}'; did you mean '{near}'"):
         make_strategy(wrong, 10)
@@ -337,6 +383,7 @@ def test_options_are_printed():
 
 # Training
 
+
 @each
 def test_train_leaves_torchs_generator_and_the_images_alone(name, digits):
     state, x = torch.get_rng_state(), digits.x_train.clone()
@@ -353,7 +400,9 @@ def test_greedy(name, digits):
     assert torch.equal(first.layers[0].weight, network.layers[0].weight)
 
 
-@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.redraws_between or strategy.many_negatives])
+@pytest.mark.parametrize(
+    "name", [name for name, strategy in STRATEGIES.items() if strategy.redraws_between or strategy.many_negatives]
+)
 @pytest.mark.parametrize("triangle", [False, True])
 def test_a_frozen_layer_is_one_whose_rate_is_0(name, triangle, digits):
     "No epoch for the first layer and three for the second: what both layers do together if the first one's rate is 0."
@@ -362,13 +411,23 @@ def test_a_frozen_layer_is_one_whose_rate_is_0(name, triangle, digits):
     train(one, digits, make_strategy(name, 10), epochs=(0, 3), schedule="greedy", **options | dict(lr=0.01))
     train(other, digits, make_strategy(name, 10), epochs=3, **options | dict(lr=(0.0, 0.01)))
     start = Network([64, 20, 20], triangle=triangle)
-    assert torch.equal(one.layers[0].weight, start.layers[0].weight) and not torch.equal(one.layers[1].weight, start.layers[1].weight)
+    assert torch.equal(one.layers[0].weight, start.layers[0].weight) and not torch.equal(
+        one.layers[1].weight, start.layers[1].weight
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.layers.parameters(), other.layers.parameters()))
 
 
 def test_many_negatives_are_not_heard_by_frozen_layers(digits):
     with pytest.raises(ValueError, match="all_labels .*several negatives.*collaboration=None"):
-        train(Network([64, 20, 20]), digits, make_strategy("all_labels", 10), epochs=1, schedule="greedy", collaboration="all", **QUIET)
+        train(
+            Network([64, 20, 20]),
+            digits,
+            make_strategy("all_labels", 10),
+            epochs=1,
+            schedule="greedy",
+            collaboration="all",
+            **QUIET,
+        )
 
 
 @each
@@ -393,20 +452,25 @@ def run(name, images, checkpoint=None, stop=None, **options):
             if count > stop:
                 raise Killed
             return streams(*arguments)
+
         strategy.streams = counted
     history = train(network, images, strategy, epochs=3, seed=4, checkpoint=checkpoint, **QUIET)
     tensors = network.state_dict() | {f"strategy.{key}": value for key, value in strategy.tensors().items()}
     return tensors, json.dumps([epoch | dict(seconds=0) for epoch in history.epochs])
 
 
-@pytest.mark.parametrize("name, options", [*((name, {}) for name in TEN), ("self_contrastive", dict(repair=True))], ids=str)
+@pytest.mark.parametrize(
+    "name, options", [*((name, {}) for name in TEN), ("self_contrastive", dict(repair=True))], ids=str
+)
 def test_resumed_equals_unbroken(name, options, digits, tmp_path):
     part = Images("part", digits.x_train[:300], digits.y_train[:300], digits.x_test, digits.y_test, 10)
     path, unbroken = tmp_path / "run.safetensors", run(name, part, **options)
     with pytest.raises(Killed):
         run(name, part, path, stop=7, **options)  # in the third epoch of three batches
     resumed = run(name, part, path, **options)
-    assert resumed[0].keys() == unbroken[0].keys() and all(torch.equal(resumed[0][key], unbroken[0][key]) for key in unbroken[0])
+    assert resumed[0].keys() == unbroken[0].keys() and all(
+        torch.equal(resumed[0][key], unbroken[0][key]) for key in unbroken[0]
+    )
     assert resumed[1] == unbroken[1]
     assert name != "hard_mining" or resumed[0]["strategy.weight"].abs().sum() > 0
 
@@ -425,6 +489,7 @@ def test_positives_of_label_strategies_are_overlays(digits):
 
 
 # SCFF on two views of an image
+
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_shifted_images_are_their_own_pixels_moved_with_zeros_behind(dtype):
@@ -460,7 +525,9 @@ def test_scff_with_views_pairs_two_views_of_one_image_and_learns(digits):
     assert not torch.equal(pair.images, x) and not torch.equal(pair.images, pair.others)
     ready = pair.prepare(64, torch.float64, standard=True)
     assert torch.allclose(ready.images.mean(1), torch.zeros(50, dtype=torch.float64), atol=1e-6)
-    assert torch.allclose(ready.dense(), torch.cat([(ready.images + ready.others) / 2, (ready.images + ready.others[ready.partner]) / 2]))
+    assert torch.allclose(
+        ready.dense(), torch.cat([(ready.images + ready.others) / 2, (ready.images + ready.others[ready.partner]) / 2])
+    )
     network = Network([64, 40, 40], seed=0, triangle=True)
     history = train(network, digits, scff, epochs=3, **QUIET)
     assert history.epochs[-1]["loss"][0] < history.epochs[0]["loss"][0]
@@ -469,6 +536,7 @@ def test_scff_with_views_pairs_two_views_of_one_image_and_learns(digits):
 
 
 # All labels at once
+
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_all_labels_is_the_cross_entropy_of_the_read_out(classes, digits):
@@ -492,7 +560,17 @@ def test_all_labels_reports_the_share_of_all_pairs(digits):
 
 
 def test_all_labels_with_layers_that_talk(digits):
-    history = train(Network([64, 30, 30]), digits, make_strategy("all_labels", 10), epochs=2, collaboration="all", **QUIET)
+    history = train(
+        Network([64, 30, 30]), digits, make_strategy("all_labels", 10), epochs=2, collaboration="all", **QUIET
+    )
     assert history.epochs[-1]["separation"][0] > 0.8
     with pytest.raises(ValueError, match="all_labels gives no pairs"):
-        train_backprop(Network([64, 20, 20]), digits, 1, strategy=make_strategy("all_labels", 10), precision="fp32", device="cpu", progress=False)
+        train_backprop(
+            Network([64, 20, 20]),
+            digits,
+            1,
+            strategy=make_strategy("all_labels", 10),
+            precision="fp32",
+            device="cpu",
+            progress=False,
+        )

@@ -1,4 +1,5 @@
 """Training: every update against autograd and torch's optimisers, and what happens with unusual or unusable input."""
+
 import copy
 import math
 from dataclasses import replace
@@ -14,8 +15,21 @@ from ff_research.labels import labelled, wrong_labels
 from ff_research.layers import FFLinear, Network, PeerNormalisation, activities, normalise, prepare
 from ff_research.readout import label_goodness, linear_probe
 from ff_research.strategies import STRATEGIES
-from ff_research.training import (LR_SCHEDULES, OPTIMIZERS, SCHEDULES, Diverged, Workspace, _Learner, _ModuleLearner, best_device,
-                                  best_precision, cool_down, read_checkpoint, train, train_backprop)
+from ff_research.training import (
+    LR_SCHEDULES,
+    OPTIMIZERS,
+    SCHEDULES,
+    Diverged,
+    Workspace,
+    _Learner,
+    _ModuleLearner,
+    best_device,
+    best_precision,
+    cool_down,
+    read_checkpoint,
+    train,
+    train_backprop,
+)
 
 QUIET = dict(precision="fp32", device="cpu", progress=False)
 LABELS = STRATEGIES["label_embedding"]
@@ -32,8 +46,12 @@ def small(**options):
 # One update
 
 OBJECTIVES = {
-    "hinton": hinton(), "hinton, scaled": hinton(theta=20.0, scale=0.3), "symba": symba(), "swish_symba": swish_symba(),
-    "mean_activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity), "symba, mean_activity": symba(goodness=mean_activity),
+    "hinton": hinton(),
+    "hinton, scaled": hinton(theta=20.0, scale=0.3),
+    "symba": symba(),
+    "swish_symba": swish_symba(),
+    "mean_activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity),
+    "symba, mean_activity": symba(goodness=mean_activity),
 }
 
 
@@ -75,7 +93,9 @@ def test_peer_gradient_is_masked_unless_full():
         layer.bias.data[2] = -100.0
         before = layer.weight[2].detach().clone()
         x = normalise(torch.rand(20, 8))
-        _Learner(layer, hinton(), PeerNormalisation(5, 3.0), "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(x, None, 10)
+        _Learner(layer, hinton(), PeerNormalisation(5, 3.0), "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(
+            x, None, 10
+        )
         assert torch.equal(before, layer.weight[2].detach()) != full_gradient
 
 
@@ -98,9 +118,13 @@ def test_ten_steps_of_two_layers_are_those_of_torch(objective, optimizer):
     draw = torch.Generator().manual_seed(1)
     mine = Network([20, 15, 12])
     theirs = copy.deepcopy(mine)
-    make = partial(torch.optim.SGD, momentum=0.9) if optimizer == "sgd" else partial(torch.optim.AdamW, weight_decay=0.0)
+    make = (
+        partial(torch.optim.SGD, momentum=0.9) if optimizer == "sgd" else partial(torch.optim.AdamW, weight_decay=0.0)
+    )
     optimizers = [make(layer.parameters(), lr=0.01) for layer in theirs.layers]
-    learners = [_Learner(layer, objective, None, optimizer, 0.01, 0.0, torch.float32, Workspace()) for layer in mine.layers]
+    learners = [
+        _Learner(layer, objective, None, optimizer, 0.01, 0.0, torch.float32, Workspace()) for layer in mine.layers
+    ]
     for _ in range(10):
         x = normalise(torch.rand(30, 20, generator=draw))
         a = b = x
@@ -125,7 +149,10 @@ def test_making_an_optimiser_changes_no_weight(name):
 def test_adamw_is_torchs():
     theirs = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)).requires_grad_()
     mine = theirs.detach().clone()
-    reference, own = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, fused=True), OPTIMIZERS["adamw"]([mine], [mine], 0.1)
+    reference, own = (
+        torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, fused=True),
+        OPTIMIZERS["adamw"]([mine], [mine], 0.1),
+    )
     for _ in range(20):
         theirs.grad = torch.randn(20, 30)
         own.accumulate(0, theirs.grad)
@@ -148,10 +175,15 @@ def test_copies_follow_the_weights(name):
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 60, 61])
 def test_cool_down_never_exceeds_the_rate(epochs):
     factors = [cool_down(epoch, epochs) for epoch in range(epochs)]
-    assert factors[0] == max(factors) == 1 and factors[-1] == min(1, 2 / epochs) and factors == sorted(factors, reverse=True)
+    assert (
+        factors[0] == max(factors) == 1
+        and factors[-1] == min(1, 2 / epochs)
+        and factors == sorted(factors, reverse=True)
+    )
 
 
 # Layers learn alone
+
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_upper_layers_never_change_lower_ones(digits, schedule):
@@ -202,7 +234,9 @@ def test_module_learner_is_autograd():
     own_peer = copy.deepcopy(peer)
     h = theirs(x).flatten(1)
     (hinton()(h)[0] + peer(h[:20].mean(0))).backward()
-    handed_on, _, _ = _ModuleLearner(mine, hinton(), own_peer, "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(x, None, 20)
+    handed_on, _, _ = _ModuleLearner(mine, hinton(), own_peer, "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(
+        x, None, 20
+    )
     for p, q in zip(theirs.parameters(), mine.parameters()):
         torch.testing.assert_close(p.detach() - p.grad, q.detach(), rtol=1e-4, atol=1e-4)
     assert handed_on.shape == (40, 384)
@@ -238,6 +272,7 @@ def test_custom_linear_layer_learns_what_the_built_in_one_learns(digits):
 
 # Runs
 
+
 def test_same_seed_same_bits_and_other_seed_others(digits):
     runs = []
     for seed in (3, 3, 4):
@@ -251,7 +286,9 @@ def test_same_seed_same_bits_and_other_seed_others(digits):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_layer_learns(digits, schedule, precision):
     network = Network([64, 100, 100])
-    history = train(network, digits, LABELS(10), epochs=12, schedule=schedule, device="cpu", precision=precision, progress=False)
+    history = train(
+        network, digits, LABELS(10), epochs=12, schedule=schedule, device="cpu", precision=precision, progress=False
+    )
     columns = history.column("separation")
     final = columns[-1] if schedule == "together" else [columns[11][0], columns[23][0]]
     assert min(final) > 0.75, final
@@ -260,7 +297,9 @@ def test_every_layer_learns(digits, schedule, precision):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_backprop_fits_digits(digits, optimizer):
     network = Network([64, 100, 100])
-    history = train_backprop(network, digits, epochs=10, optimizer=optimizer, lr=0.03 if optimizer == "sgd" else 3e-3, **QUIET)
+    history = train_backprop(
+        network, digits, epochs=10, optimizer=optimizer, lr=0.03 if optimizer == "sgd" else 3e-3, **QUIET
+    )
     assert history.column("separation")[-1][0] > 0.97 and network.head.weight.shape == (10, 100)
 
 
@@ -284,7 +323,9 @@ def test_backprop_after_forward_forward_with_a_learned_objective(digits):
     assert [objective.log_scale.item() for objective in network.objectives] == scales
 
 
-@pytest.mark.parametrize("name, objective", [("label_embedding", hinton(theta=40.0)), ("label_embedding", symba()), ("random_noise", None)])
+@pytest.mark.parametrize(
+    "name, objective", [("label_embedding", hinton(theta=40.0)), ("label_embedding", symba()), ("random_noise", None)]
+)
 @pytest.mark.parametrize("first", [1, 2])
 def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objective, first):
     class Remembering(STRATEGIES[name]):
@@ -294,7 +335,18 @@ def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objec
 
     network, strategy = small(), Remembering(10)
     start = copy.deepcopy(network)
-    history = train_backprop(network, digits, 1, strategy=strategy, objective=objective, lr=0.5, weight_decay=0.0, batch_size=len(digits.y_train), first=first, **QUIET)
+    history = train_backprop(
+        network,
+        digits,
+        1,
+        strategy=strategy,
+        objective=objective,
+        lr=0.5,
+        weight_decay=0.0,
+        batch_size=len(digits.y_train),
+        first=first,
+        **QUIET,
+    )
     h, total = start.prepare(strategy.given), 0.0
     for depth, layer in enumerate(start.layers, start=1):
         activity = layer(h)
@@ -302,8 +354,12 @@ def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objec
     g_pos, g_neg = total.chunk(2)
     units = activity.shape[1]
     loss = {"symba_loss": lambda: nn.functional.softplus(4 * (g_neg - g_pos) / units).mean()}.get(
-        getattr(objective, "loss", hinton).__name__, lambda: nn.functional.binary_cross_entropy_with_logits(
-            torch.cat([g_pos, g_neg]) - (40.0 if objective else units), torch.cat([torch.ones_like(g_pos), torch.zeros_like(g_neg)])))()
+        getattr(objective, "loss", hinton).__name__,
+        lambda: nn.functional.binary_cross_entropy_with_logits(
+            torch.cat([g_pos, g_neg]) - (40.0 if objective else units),
+            torch.cat([torch.ones_like(g_pos), torch.zeros_like(g_neg)]),
+        ),
+    )()
     grads = torch.autograd.grad(loss, list(start.layers.parameters()))
     for before, grad, after in zip(start.layers.parameters(), grads, network.layers.parameters()):
         torch.testing.assert_close(before - 0.5 * grad, after, rtol=1e-3, atol=1e-5)
@@ -316,16 +372,22 @@ def test_pairwise_backprop_learns_and_resumes(digits, tmp_path):
     options = dict(strategy=LABELS(10), lr=0.01, **QUIET)
     history = train_backprop(networks[0], digits, 6, **options)
     assert history.column("separation")[-1][0] > 0.85
+
     class Stop(Exception):
         pass
+
     def stop(epoch, network):
         if epoch == 2:
             raise Stop
+
     with pytest.raises(Stop):
         train_backprop(networks[1], digits, 6, checkpoint=tmp_path / "c", after_epoch=stop, **options)
     train_backprop(networks[1], digits, 6, checkpoint=tmp_path / "c", **options)
     assert torch.equal(weights(networks[0]), weights(networks[1]))
-    for other in (dict(lr=0.01, **QUIET), options | dict(first=2)):  # a checkpoint of the pairwise run is not one of the others
+    for other in (
+        dict(lr=0.01, **QUIET),
+        options | dict(first=2),
+    ):  # a checkpoint of the pairwise run is not one of the others
         with pytest.raises(ValueError, match="another run"):
             train_backprop(networks[2], digits, 6, checkpoint=tmp_path / "c", **other)
 
@@ -348,8 +410,14 @@ def test_goodness_from_no_layer(digits, first, strategy):
     assert torch.equal(before, weights(network)) and not hasattr(network, "head")
 
 
-@pytest.mark.parametrize("strategy, objective, message", [
-    ("mono_forward", None, "gives no pairs"), ("layer_wise", None, "gives no pairs"), ("label_embedding", hinton(goodness=mean_activity), "sum of all layers' goodness")])
+@pytest.mark.parametrize(
+    "strategy, objective, message",
+    [
+        ("mono_forward", None, "gives no pairs"),
+        ("layer_wise", None, "gives no pairs"),
+        ("label_embedding", hinton(goodness=mean_activity), "sum of all layers' goodness"),
+    ],
+)
 def test_pairs_that_backprop_cannot_use(digits, strategy, objective, message):
     network = small()
     before = weights(network)
@@ -362,11 +430,23 @@ def test_pairs_that_backprop_cannot_use(digits, strategy, objective, message):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_look_after_each_epoch_changes_nothing(digits, schedule, precision):
     seen, networks = [], [small(), small()]
+
     def look(epoch, network):
         seen.append((epoch, weights(network).clone()))
         torch.rand(3)
+
     for network, after_epoch in zip(networks, (None, look)):
-        train(network, digits, LABELS(10), 3, schedule=schedule, after_epoch=after_epoch, precision=precision, device="cpu", progress=False)
+        train(
+            network,
+            digits,
+            LABELS(10),
+            3,
+            schedule=schedule,
+            after_epoch=after_epoch,
+            precision=precision,
+            device="cpu",
+            progress=False,
+        )
     assert torch.equal(weights(networks[0]), weights(networks[1])) and torch.equal(seen[-1][1], weights(networks[1]))
     assert [epoch for epoch, _ in seen] == list(range(3 if schedule == "together" else 6))
     assert not torch.equal(seen[0][1], seen[1][1])
@@ -390,13 +470,30 @@ def test_one_rate_for_each_layer(digits):
 def test_the_callers_world_stays_as_it_was(digits, method):
     images = replace(digits, x_train=digits.x_train.float() / 255)
     before = images.x_train.clone(), images.y_train.clone()
-    objective, state, threads, dtype = symba(), torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+    objective, state, threads, dtype = (
+        symba(),
+        torch.get_rng_state(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
     if method == "backprop":
         train_backprop(small(), images, epochs=1, **QUIET)  # makes a head
     else:
-        train(small(), images, LABELS(10), epochs=1, objective=objective, schedule="greedy" if method == "greedy" else "together", **QUIET)
+        train(
+            small(),
+            images,
+            LABELS(10),
+            epochs=1,
+            objective=objective,
+            schedule="greedy" if method == "greedy" else "together",
+            **QUIET,
+        )
     assert torch.equal(before[0], images.x_train) and torch.equal(before[1], images.y_train)
-    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads() and dtype == torch.get_default_dtype()
+    assert (
+        torch.equal(state, torch.get_rng_state())
+        and threads == torch.get_num_threads()
+        and dtype == torch.get_default_dtype()
+    )
     assert torch.is_grad_enabled()
 
 
@@ -412,7 +509,12 @@ def test_float_and_uint8_images_train_alike(digits):
 def test_any_batch_size(digits, batch_size, schedule):
     few = replace(digits, x_train=digits.x_train[:15], y_train=digits.y_train[:15])
     history = train(small(peer=0.03), few, LABELS(10), epochs=2, batch_size=batch_size, schedule=schedule, **QUIET)
-    assert all(math.isfinite(v) for key in ("loss", "separation", "g_pos", "g_neg") for epoch in history.column(key) for v in epoch)
+    assert all(
+        math.isfinite(v)
+        for key in ("loss", "separation", "g_pos", "g_neg")
+        for epoch in history.column(key)
+        for v in epoch
+    )
 
 
 def test_no_epochs_change_nothing(digits):
@@ -443,7 +545,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("options, message", WRONG, ids=[", ".join(map(str, options)) + f" {i}" for i, (options, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    "options, message", WRONG, ids=[", ".join(map(str, options)) + f" {i}" for i, (options, _) in enumerate(WRONG)]
+)
 def test_unusable_settings(digits, options, message):
     network = small()
     with pytest.raises(ValueError) as error:
@@ -464,18 +568,24 @@ def hand_built(digits, **changes):
 def test_float_images_that_are_not_finite(digits, value):
     images = hand_built(digits)
     images.x_train[13, 0, 4, 4] = value
-    for run in (lambda: train(small(), images, LABELS(10), epochs=1, **QUIET), lambda: train_backprop(small(), images, epochs=1, **QUIET)):
+    for run in (
+        lambda: train(small(), images, LABELS(10), epochs=1, **QUIET),
+        lambda: train_backprop(small(), images, epochs=1, **QUIET),
+    ):
         with pytest.raises(ValueError, match="'scans': training image 13 holds NaN or infinite pixels"):
             run()
 
 
-@pytest.mark.parametrize("changes, message", [
-    (lambda d: dict(y_train=d.y_train[:19]), "20 training images and 19 labels"),
-    (lambda d: dict(x_train=d.x_train[:0], y_train=d.y_train[:0]), "0 training images"),
-    (lambda d: dict(y_train=d.y_train[:20] + 1), "labels range from"),
-    (lambda d: dict(y_train=d.y_train[:20].float()), "expected integers"),
-    (lambda d: dict(x_train=torch.rand(20, 1, 9, 9)), "81 pixels, but the network's first layer takes 64"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (lambda d: dict(y_train=d.y_train[:19]), "20 training images and 19 labels"),
+        (lambda d: dict(x_train=d.x_train[:0], y_train=d.y_train[:0]), "0 training images"),
+        (lambda d: dict(y_train=d.y_train[:20] + 1), "labels range from"),
+        (lambda d: dict(y_train=d.y_train[:20].float()), "expected integers"),
+        (lambda d: dict(x_train=torch.rand(20, 1, 9, 9)), "81 pixels, but the network's first layer takes 64"),
+    ],
+)
 def test_hand_built_images_that_do_not_fit(digits, changes, message):
     with pytest.raises(ValueError, match=message):
         train(small(), hand_built(digits, **changes(digits)), LABELS(10), epochs=1, **QUIET)
@@ -507,8 +617,16 @@ def test_a_diverging_run_stops_and_says_where(digits, tmp_path):
 
 def test_choices_left_to_the_machine():
     assert best_device().type in ("cpu", "cuda", "mps") and best_device("cpu") == torch.device("cpu")
-    assert best_precision("auto", "meta") == "fp32" and best_precision("bf16", "cpu") == "bf16" and best_precision() in ("fp32", "bf16")
-    assert set(LR_SCHEDULES) == {"cool_down", "constant", "exponential"} and callable(read_checkpoint) and Images is not None
+    assert (
+        best_precision("auto", "meta") == "fp32"
+        and best_precision("bf16", "cpu") == "bf16"
+        and best_precision() in ("fp32", "bf16")
+    )
+    assert (
+        set(LR_SCHEDULES) == {"cool_down", "constant", "exponential"}
+        and callable(read_checkpoint)
+        and Images is not None
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -519,8 +637,18 @@ def test_steps_played_back_are_the_steps(name, digits, monkeypatch):
         with monkeypatch.context() as patched:
             if not recorded:
                 patched.setattr("ff_research.training._Recorded.record", lambda self, given: None)
-            train(network, digits, STRATEGIES[name](10), epochs=3, batch_size=90, device="cuda", precision="bf16", progress=False)
+            train(
+                network,
+                digits,
+                STRATEGIES[name](10),
+                epochs=3,
+                batch_size=90,
+                device="cuda",
+                precision="bf16",
+                progress=False,
+            )
         return weights(network)
+
     assert torch.equal(trained(True), trained(False))
 
 
@@ -534,6 +662,8 @@ def test_what_waits_for_the_device_is_not_played_back(digits):
             return symba()(h, y, gamma, squares)
 
     network = small()
-    history = train(network, digits, LABELS(10), epochs=2, objective=Waits(), batch_size=90, device="cuda", progress=False)
+    history = train(
+        network, digits, LABELS(10), epochs=2, objective=Waits(), batch_size=90, device="cuda", progress=False
+    )
     assert math.isfinite(history.epochs[-1]["loss"][0]) and torch.rand(3, device="cuda").numel() == 3
     assert network.objectives[0].seen == 2 * -(-len(digits.y_train) // 90)

@@ -1,4 +1,5 @@
 """Transfer: against the linear probe, scikit-learn and Pillow; what is frozen, what is pure, and what has no answer."""
+
 import json
 from dataclasses import replace
 
@@ -48,6 +49,7 @@ def pictures(x, name="pictures"):
 
 # refit
 
+
 def test_refit_is_pillows_within_its_roundings():
     x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     for size in (28, 8, 45):
@@ -64,7 +66,9 @@ def test_refit_is_pillows_within_its_roundings():
 def test_refit_by_hand():
     "Halving averages four pixels: bilinear weights of a factor of two are 1/8, 3/8, 3/8, 1/8, and the picture is one row that repeats."
     x = torch.tensor([[0, 0, 80, 80, 0, 0, 80, 80]] * 4, dtype=torch.uint8)[None, None]
-    assert refit(pictures(x), (1, 2, 4)).x_train[0, 0].tolist() == [[11, 60, 20, 69]] * 2  # the ends have no neighbour: 3/7, 3/7, 1/7
+    assert (
+        refit(pictures(x), (1, 2, 4)).x_train[0, 0].tolist() == [[11, 60, 20, 69]] * 2
+    )  # the ends have no neighbour: 3/7, 3/7, 1/7
     colour = torch.tensor([10, 20, 30], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 4, 4)
     assert refit(pictures(colour), (1, 4, 4)).x_train.unique().tolist() == [round(0.299 * 10 + 0.587 * 20 + 0.114 * 30)]
     white = torch.full((2, 3, 5, 7), 255, dtype=torch.uint8)
@@ -77,7 +81,12 @@ def test_refit_keeps_what_it_should(digits):
     assert colour.name == "digits" and all(torch.equal(colour.x_test[:, c], digits.x_test[:, 0]) for c in range(3))
     assert torch.equal(colour.y_train, digits.y_train) and colour.num_classes == 10
     real = refit(replace(digits, x_train=digits.x_train / 255, x_test=digits.x_test / 255), (3, 9, 5))
-    assert real.shape == (3, 9, 5) and real.x_train.dtype == torch.float32 and 0 <= real.x_train.min() and real.x_train.max() <= 1
+    assert (
+        real.shape == (3, 9, 5)
+        and real.x_train.dtype == torch.float32
+        and 0 <= real.x_train.min()
+        and real.x_train.max() <= 1
+    )
 
 
 def test_refit_by_parts_is_refit(digits):
@@ -92,6 +101,7 @@ def test_shapes_that_are_none(digits, shape):
 
 
 # Frozen features
+
 
 @pytest.mark.parametrize("neutral_label", [True, False])
 def test_transfer_to_the_source_is_the_linear_probe(digits, network, neutral_label):
@@ -114,7 +124,8 @@ def test_the_neutral_label_has_the_pixels_of_the_source(target, network):
 def test_chosen_layers_and_pixels(target, network):
     everything = transfer_errors(network, target, neutral_label=10, **CPU)["test"]
     assert transfer_errors(network, target, neutral_label=10, layers=["layers_2_to_3", "layer_1"], **CPU)["test"] == {
-        name: everything[name] for name in ("layers_2_to_3", "layer_1")}
+        name: everything[name] for name in ("layers_2_to_3", "layer_1")
+    }
     pixels = transfer_errors(None, target, neutral_label=False, **CPU)
     assert list(pixels["test"]) == ["pixels"] and 0 < pixels["test"]["pixels"] < 50
     large = transfer_errors(None, refit(target, (3, 16, 16)), neutral_label=False, shape=(1, 8, 8), **CPU)
@@ -132,6 +143,7 @@ def test_other_shapes_are_refitted(target, network):
 def test_what_has_no_answer_is_refused_by_name(digits, target, network):
     def frozen(target=target, network=network, **options):
         return transfer_errors(network, target, **dict(neutral_label=10) | options, **CPU)
+
     with pytest.raises(ValueError, match="360 images and 359 labels"):
         frozen(replace(target, y_test=target.y_test[1:]))
     with pytest.raises(ValueError, match="1437 images and 9 labels"):
@@ -160,17 +172,24 @@ def test_nan_in_the_test_images_only(target):
     x[7, 0, 3, 3] = float("nan")
     for network in (None, Network([64, 9])):
         with pytest.raises(ValueError, match="'groups'.*NaN"):
-            transfer_errors(network, replace(target, x_train=target.x_train / 255, x_test=x), neutral_label=False, **CPU)
+            transfer_errors(
+                network, replace(target, x_train=target.x_train / 255, x_test=x), neutral_label=False, **CPU
+            )
 
 
 # Few labels
 
+
 def test_draws_are_balanced_nested_and_pure(digits):
     ranks = transfer._ranks(digits.y_train, 3)
-    assert torch.equal(ranks, transfer._ranks(digits.y_train, 3)) and not torch.equal(ranks, transfer._ranks(digits.y_train, 4))
+    assert torch.equal(ranks, transfer._ranks(digits.y_train, 3)) and not torch.equal(
+        ranks, transfer._ranks(digits.y_train, 4)
+    )
     for k in (1, 5, 100):
         assert torch.bincount(digits.y_train[ranks < k]).tolist() == [k] * 10
-    assert torch.equal(ranks.sort().values, torch.cat([torch.arange(n) for n in torch.bincount(digits.y_train)]).sort().values)
+    assert torch.equal(
+        ranks.sort().values, torch.cat([torch.arange(n) for n in torch.bincount(digits.y_train)]).sort().values
+    )
     gaps = torch.tensor([4, 4, 0, 4])
     assert sorted(transfer._ranks(gaps, 0)[gaps == 4].tolist()) == [0, 1, 2]
 
@@ -191,25 +210,31 @@ def test_all_labels_are_the_full_ridge(balanced, widths, strength):
     f, f_test = (torch.cat(features(network, x, **CPU)[1:], 1) for x in (balanced.x_train, balanced.x_test))
     mean, std = f.mean(0), f.std(0, correction=0)
     z, z_test = ((m - mean)[:, std > 0] / std[std > 0] for m in (f, f_test))
-    theirs = Ridge(alpha=1000 * strength).fit(z[:1000].double(), torch.nn.functional.one_hot(balanced.y_train[:1000], 10))
+    theirs = Ridge(alpha=1000 * strength).fit(
+        z[:1000].double(), torch.nn.functional.one_hot(balanced.y_train[:1000], 10)
+    )
     expected = 100 * np.mean(theirs.predict(z_test.double()).argmax(1) != balanced.y_test.numpy())
     found = low_shot_errors(network, balanced, (100,), 1, neutral_label=False, l2=(strength,), **CPU)[100]
     own = fit_ridge(f[:1000], balanced.y_train[:1000], 10, l2=(strength,)).error(f_test, balanced.y_test)
-    assert found == pytest.approx(expected, abs=0.3) and found == pytest.approx(own, abs=1.2)  # one image is 0.28; the ridge's own scale is of 1000 images, not 1200
+    assert found == pytest.approx(expected, abs=0.3) and found == pytest.approx(
+        own, abs=1.2
+    )  # one image is 0.28; the ridge's own scale is of 1000 images, not 1200
 
 
 @pytest.mark.parametrize("samples, units", [(7, 30), (40, 6)])
 def test_strength_is_that_of_leaving_out(samples, units):
     generator = torch.Generator().manual_seed(5)
     y = torch.arange(samples) % 4 % 3
-    z = torch.randn(samples, units, generator=generator, dtype=torch.float64) + 2 * torch.nn.functional.one_hot(y, units)
+    z = torch.randn(samples, units, generator=generator, dtype=torch.float64) + 2 * torch.nn.functional.one_hot(
+        y, units
+    )
     t, strengths, squares = torch.nn.functional.one_hot(y, 3).double(), (100.0, 1.0, 0.01), {}
     for s in strengths:
         parts = []
         for i in range(samples):
             rest = np.arange(samples) != i
             one = Ridge(alpha=samples * s).fit(z[rest].numpy(), t[rest].numpy())
-            parts.append(np.square(one.predict(z[i:i + 1].numpy()) - t[i].numpy()).sum())
+            parts.append(np.square(one.predict(z[i : i + 1].numpy()) - t[i].numpy()).sum())
         squares[s] = sum(parts)
     best = min(squares, key=squares.get)
     weight, bias = transfer._few_shot_ridge(z, y, 3, strengths)
@@ -221,7 +246,11 @@ def test_low_shot_is_pure(digits, network):
     before, state = weights(network), torch.get_rng_state()
     curve = low_shot_errors(network, digits, (1, 5, 20), neutral_label=True, **CPU)
     assert curve == low_shot_errors(network, digits, [1, 5, 20], neutral_label=True, **CPU)
-    assert curve[5] == low_shot_errors(network, digits, (5,), neutral_label=True, **CPU)[5] != low_shot_errors(network, digits, (5,), seed=1, neutral_label=True, **CPU)[5]
+    assert (
+        curve[5]
+        == low_shot_errors(network, digits, (5,), neutral_label=True, **CPU)[5]
+        != low_shot_errors(network, digits, (5,), seed=1, neutral_label=True, **CPU)[5]
+    )
     assert 90 > curve[1] > curve[5] > curve[20] and list(curve) == [1, 5, 20]
     assert equal(before, weights(network)) and torch.equal(state, torch.get_rng_state())
 
@@ -229,7 +258,10 @@ def test_low_shot_is_pure(digits, network):
 def test_validation_images_are_not_drawn(digits, network):
     wrong = digits.y_train.clone()
     wrong[-300:] = (wrong[-300:] + 1) % 10
-    a, b = (low_shot_errors(network, images, (3,), neutral_label=True, **CPU) for images in (digits, replace(digits, y_train=wrong)))
+    a, b = (
+        low_shot_errors(network, images, (3,), neutral_label=True, **CPU)
+        for images in (digits, replace(digits, y_train=wrong))
+    )
     assert a == b
 
 
@@ -245,6 +277,7 @@ def test_too_few_of_a_class(digits, network):
 
 # Fine-tuning
 
+
 def test_fine_tuning_is_backprop_from_these_weights(digits, network):
     before = weights(network)
     tuned, errors, history = fine_tune(network, digits, epochs=2, seed=3, batch_size=50, **CPU)
@@ -252,8 +285,14 @@ def test_fine_tuning_is_backprop_from_these_weights(digits, network):
     by_hand, part = Network([64, 40, 30, 20]), hold_out(digits, 300)
     by_hand.layers.load_state_dict(network.layers.state_dict())
     train_backprop(by_hand, part, 2, 3, batch_size=50, progress=False, **CPU)
-    assert all(torch.equal(a, b) for a, b in zip(tuned.layers.parameters(), by_hand.layers.parameters())) and torch.equal(tuned.head.weight, by_hand.head.weight)
-    assert errors == {"test": head_error(by_hand, digits, **CPU), "validation": head_error(by_hand, part, **CPU), "lr": 0.03}
+    assert all(
+        torch.equal(a, b) for a, b in zip(tuned.layers.parameters(), by_hand.layers.parameters())
+    ) and torch.equal(tuned.head.weight, by_hand.head.weight)
+    assert errors == {
+        "test": head_error(by_hand, digits, **CPU),
+        "validation": head_error(by_hand, part, **CPU),
+        "lr": 0.03,
+    }
     assert len(history) == 2 and errors["test"] < 30
 
 
@@ -268,27 +307,50 @@ def test_an_old_head_is_replaced(digits, target):
 def test_the_rate_is_chosen_on_validation_images(target):
     network = Network([64, 20])
     each = {lr: fine_tune(network, target, 1, lr=lr, **CPU)[1] for lr in (0.0, 0.003, 0.03)}
-    assert fine_tune(network, target, 1, lr=(0.0, 0.003, 0.03), **CPU)[1] == min(each.values(), key=lambda e: e["validation"])
+    assert fine_tune(network, target, 1, lr=(0.0, 0.003, 0.03), **CPU)[1] == min(
+        each.values(), key=lambda e: e["validation"]
+    )
     assert fine_tune(network, target, 1, lr=(1e30, 0.03), **CPU)[1] == each[0.03]
     with pytest.raises(Diverged):
         fine_tune(network, target, 1, lr=1e30, **CPU)
-    for wrong, message in ((dict(network=None), "no weights"), (dict(lr=[]), "empty"), (dict(target=replace(target, y_test=target.y_test[1:])), "359 labels")):
+    for wrong, message in (
+        (dict(network=None), "no weights"),
+        (dict(lr=[]), "empty"),
+        (dict(target=replace(target, y_test=target.y_test[1:])), "359 labels"),
+    ):
         with pytest.raises(ValueError, match=message):
             fine_tune(**dict(network=network, target=target, epochs=1) | wrong, **CPU)
 
 
 # Rows
 
+
 def test_row_is_what_the_functions_give(digits, target, network):
     before = weights(network)
-    row = transfer_row(network, (1, 8, 8), [target, refit(digits, (3, 10, 10), name="large")], neutral_label=10, shots=(1, 5, 10**6), draws=2, seed=4, **CPU)
+    row = transfer_row(
+        network,
+        (1, 8, 8),
+        [target, refit(digits, (3, 10, 10), name="large")],
+        neutral_label=10,
+        shots=(1, 5, 10**6),
+        draws=2,
+        seed=4,
+        **CPU,
+    )
     assert json.loads(json.dumps(row)) == row and list(row) == ["groups", "large"]
     frozen = transfer_errors(network, target, neutral_label=10, **CPU)
-    assert all(row["groups"][part] == {name: round(error, 4) for name, error in frozen[part].items()} for part in frozen)
+    assert all(
+        row["groups"][part] == {name: round(error, 4) for name, error in frozen[part].items()} for part in frozen
+    )
     few = low_shot_errors(network, target, (1, 5), 2, 4, neutral_label=10, **CPU)
     assert row["groups"]["low_shot"] == {str(k): round(error, 4) for k, error in few.items()}
     assert equal(before, weights(network))
-    assert transfer_row(network, None, {"other name": target}, neutral_label=10, shots=(1, 5), draws=2, seed=4, **CPU)["other name"] == row["groups"]
+    assert (
+        transfer_row(network, None, {"other name": target}, neutral_label=10, shots=(1, 5), draws=2, seed=4, **CPU)[
+            "other name"
+        ]
+        == row["groups"]
+    )
 
 
 def test_row_of_pixels_and_of_silent_layers(target):
@@ -298,7 +360,10 @@ def test_row_of_pixels_and_of_silent_layers(target):
     with torch.no_grad():
         silent.layers[1].weight.zero_()
     row = transfer_row(silent, None, [target], neutral_label=False, shots=(2,), **CPU)["groups"]
-    assert row["test"]["layer_1"] < 60 and row["test"]["layer_2"] is row["validation"]["layer_2"] is row["low_shot"]["2"] is None
+    assert (
+        row["test"]["layer_1"] < 60
+        and row["test"]["layer_2"] is row["validation"]["layer_2"] is row["low_shot"]["2"] is None
+    )
     with pytest.raises(ValueError, match="two targets of one name"):
         transfer_row(silent, None, [target, target], neutral_label=False, **CPU)
 

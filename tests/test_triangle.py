@@ -1,4 +1,5 @@
 "Layers that hand on what lies above the mean: every place that climbs a network reads the same numbers."
+
 import pytest
 import torch
 
@@ -40,7 +41,12 @@ def images():
 
 def test_read_outs_and_forward_see_the_triangle(network, images):
     truth = written_out(network, images)
-    for (goodness, t), raw, handed, feature in zip(truth, activities(network, images, normalised=False), activities(network, images), features(network, images, precision="fp32", device="cpu")):
+    for (goodness, t), raw, handed, feature in zip(
+        truth,
+        activities(network, images, normalised=False),
+        activities(network, images),
+        features(network, images, precision="fp32", device="cpu"),
+    ):
         assert torch.allclose(sum_of_squares(raw).double(), goodness, rtol=1e-5)
         assert torch.allclose(handed.double(), t, atol=1e-4) and torch.allclose(feature.double(), t, atol=1e-4)
     assert torch.allclose(network(images).double(), truth[-1][1], atol=1e-4)
@@ -55,7 +61,7 @@ def test_read_outs_may_raise_activities_to_a_power(power, triangle, network, ima
     plain = activities(network, images)
     for i, (layer, sharp) in enumerate(zip(network.layers, activities(network, images, power=power))):
         x = network.prepare(images) if i == 0 else plain[i - 1]
-        z = (x.double() @ layer.weight.double().T + layer.bias.double())
+        z = x.double() @ layer.weight.double().T + layer.bias.double()
         if triangle:
             t = (z - z.mean(1, keepdim=True)).clamp(min=0) ** power
             t = (t - t.mean(1, keepdim=True)) / t.std(1, keepdim=True, correction=0)
@@ -91,17 +97,34 @@ def test_a_layer_that_learns_hands_on_the_triangle_of_before_its_step(network, i
 
 def test_shared_pixels_are_standardised_like_images_written_out(images):
     y = torch.arange(40) % 10
-    shared, written = prepare(labelled(images, torch.stack([y, (y + 1) % 10]), 10), 64, standard=True), [overlay(images, y, 10), overlay(images, (y + 1) % 10, 10)]
+    shared, written = (
+        prepare(labelled(images, torch.stack([y, (y + 1) % 10]), 10), 64, standard=True),
+        [overlay(images, y, 10), overlay(images, (y + 1) % 10, 10)],
+    )
     weight = torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
     dense = torch.cat([standardise(x.flatten(1)) for x in written])
     assert torch.allclose(product(shared, weight, torch.zeros(7)), dense @ weight.T, atol=1e-4)
-    assert torch.allclose(prepare(neutral(images, 10), 64, standard=True), standardise(neutral(images, 10).flatten(1)), atol=1e-6)
+    assert torch.allclose(
+        prepare(neutral(images, 10), 64, standard=True), standardise(neutral(images, 10).flatten(1)), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("schedule, collaboration", [("together", None), ("together", "all"), ("greedy", None), ("greedy", "all")])
+@pytest.mark.parametrize(
+    "schedule, collaboration", [("together", None), ("together", "all"), ("greedy", None), ("greedy", "all")]
+)
 def test_every_schedule_trains_such_layers(schedule, collaboration, digits):
     network = Network([64, 60, 60], seed=0, triangle=True)
-    history = train(network, digits, make_strategy("label_embedding", 10), epochs=6, lr=3e-3, batch_size=50, schedule=schedule, collaboration=collaboration, **QUIET)
+    history = train(
+        network,
+        digits,
+        make_strategy("label_embedding", 10),
+        epochs=6,
+        lr=3e-3,
+        batch_size=50,
+        schedule=schedule,
+        collaboration=collaboration,
+        **QUIET,
+    )
     assert min(history.epochs[-1]["separation"]) > 0.65  # chance is 0.5
 
 
@@ -114,6 +137,7 @@ def test_backpropagation_passes_through_the_triangle(digits):
 def test_own_layers_have_no_triangle():
     class Own(torch.nn.Linear):
         units = 3
+
     with pytest.raises(ValueError, match="triangle"):
         Network([Own(4, 3)], triangle=True)
 
@@ -131,6 +155,7 @@ def test_training_reads_images_as_the_read_outs_do(name, precision, close, digit
     def between(h, y, layer, generator=None):
         seen["handed"] = h.clone()
         return h
+
     strategy.streams, strategy.between = watched, between
     network = Network([64, 60, 30], seed=0, triangle=True)
     train(network, digits, strategy, epochs=1, lr=0.0, batch_size=50, precision=precision, device="cpu", progress=False)
@@ -140,4 +165,6 @@ def test_training_reads_images_as_the_read_outs_do(name, precision, close, digit
 
 def test_diagnostics_draw_the_untrained_network_in_the_same_form(network):
     start = _untrained(network, 3)
-    assert start.triangle and torch.equal(start.layers[0].weight, Network([64, 30, 20, 25], seed=3, triangle=True).layers[0].weight)
+    assert start.triangle and torch.equal(
+        start.layers[0].weight, Network([64, 30, 20, 25], seed=3, triangle=True).layers[0].weight
+    )

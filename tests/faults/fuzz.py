@@ -6,6 +6,7 @@
 A case fails if the answer is no ValueError or OSError of one line that names the file; if it takes more than `MEMORY_MB`, or `SECONDS`; if anything
 is unpickled, any program started, or any file written outside the case's own folder; and if what was read after all is not sound.
 """
+
 import argparse
 import bz2
 import contextlib
@@ -57,17 +58,37 @@ class Hang(BaseException):
 
 def attack(kind):
     "Enter a function as a family of attacks; it makes one input from a source of random numbers."
+
     def enter(function):
         ATTACKS[kind][function.__name__] = function
         return function
+
     return enter
 
 
 # Guards
 
 _trespasses, _ground = None, ""  # what was done outside the folder `_ground`, while somebody watches
-CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod", "shutil.rmtree"}
-ACTS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class", "ctypes.dlopen"}
+CHANGES = {
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "os.chmod",
+    "shutil.rmtree",
+}
+ACTS = {
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+    "ctypes.dlopen",
+}
 
 
 def _audit(event, arguments):
@@ -75,7 +96,11 @@ def _audit(event, arguments):
     if _trespasses is None:
         return
     paths = ()
-    if event == "open" and isinstance(arguments[0], (str, bytes)) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    if (
+        event == "open"
+        and isinstance(arguments[0], (str, bytes))
+        and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    ):
         paths = arguments[:1]
     elif event in CHANGES:
         paths = [path for path in arguments[:2] if isinstance(path, (str, bytes))]
@@ -116,10 +141,17 @@ def guarded(folder):
         unpickled.append(1)
         raise Broken("something was unpickled")
 
-    refusing = type("Unpickler", (), {"__init__": refuse})  # a class, since modules that are imported meanwhile may derive from it
+    refusing = type(
+        "Unpickler", (), {"__init__": refuse}
+    )  # a class, since modules that are imported meanwhile may derive from it
 
     _memory()
-    before, soft, handler, here = _memory(), resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, _ring), os.getcwd()
+    before, soft, handler, here = (
+        _memory(),
+        resource.getrlimit(resource.RLIMIT_AS),
+        signal.signal(signal.SIGALRM, _ring),
+        os.getcwd(),
+    )
     try:
         os.chdir(folder)
         with contextlib.ExitStack() as stack:
@@ -180,17 +212,37 @@ def judged(call, named="", kinds=(ValueError, OSError)):
 
 # Values
 
+
 @cache
 def examples(count=300):
     "JSON values of every shape, the same ones every time."
-    leaf = (st.none() | st.booleans() | st.integers() | st.integers(10**18, 10**400) | st.floats() | st.text() | st.text(st.characters(categories=["Cs", "Cc",
-                                                                                                                                                   "Cf"]))
-            | st.sampled_from(["NaN", "", "..", "../up", "/abs", "nul\0", "\ud800", "x" * 3000]))
+    leaf = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.integers(10**18, 10**400)
+        | st.floats()
+        | st.text()
+        | st.text(st.characters(categories=["Cs", "Cc", "Cf"]))
+        | st.sampled_from(["NaN", "", "..", "../up", "/abs", "nul\0", "\ud800", "x" * 3000])
+    )
     made = []
 
     @fixed_seed(0)
-    @settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(st.recursive(leaf, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=10))
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        st.recursive(
+            leaf,
+            lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+            max_leaves=10,
+        )
+    )
     def take(value):
         made.append(value)
 
@@ -226,6 +278,7 @@ def nested(depth, rng=None):
 
 class Payload:
     "Unpickled, it leaves a trace."
+
     def __init__(self, trace):
         self.trace = str(trace)
 
@@ -236,17 +289,37 @@ class Payload:
 def foreign(rng):
     "Files of other programs."
     torch.save({"a": torch.zeros(3)}, saved := io.BytesIO())
-    return rng.choice((
-        b"", b"\n", b"PK", b"PK\5\6" + bytes(18), b"\x93NUMPY", b"x_train,y_train\n0,1\n", bytes(5000), b"\xff" * 5000, b"%PDF-1.7\n" + rng.randbytes(500),
-        b"\x89PNG\r\n\x1a\n" + rng.randbytes(500), gzip.compress(bytes(1000)), bz2.compress(bytes(10**6)), pickle.dumps(Payload("canary")), saved.getvalue(),
-        b"#!/bin/sh\nmkdir canary\n", rng.randbytes(rng.randrange(3000)), struct.pack("<Q", 2**63) + bytes(50), b"import os\nos.mkdir('canary')\n"))
+    return rng.choice(
+        (
+            b"",
+            b"\n",
+            b"PK",
+            b"PK\5\6" + bytes(18),
+            b"\x93NUMPY",
+            b"x_train,y_train\n0,1\n",
+            bytes(5000),
+            b"\xff" * 5000,
+            b"%PDF-1.7\n" + rng.randbytes(500),
+            b"\x89PNG\r\n\x1a\n" + rng.randbytes(500),
+            gzip.compress(bytes(1000)),
+            bz2.compress(bytes(10**6)),
+            pickle.dumps(Payload("canary")),
+            saved.getvalue(),
+            b"#!/bin/sh\nmkdir canary\n",
+            rng.randbytes(rng.randrange(3000)),
+            struct.pack("<Q", 2**63) + bytes(50),
+            b"import os\nos.mkdir('canary')\n",
+        )
+    )
 
 
 def placed(rng, folder, good, name):
     "What is no regular file, or is one in a strange place; gives its path."
     path = folder / name
     stem, dot, end = name.partition(".")
-    what = rng.choice(("folder", "pipe", "zero", "full", "dangling", "loop", "link", "odd", "long", "nul", "unreadable", "home"))
+    what = rng.choice(
+        ("folder", "pipe", "zero", "full", "dangling", "loop", "link", "odd", "long", "nul", "unreadable", "home")
+    )
     if what == "folder":
         path.mkdir()
     elif what == "pipe":
@@ -266,7 +339,11 @@ def placed(rng, folder, good, name):
         path.write_bytes(good)
         path.chmod(0)
     else:
-        return {"long": str(folder / ("x" * 10_000 + dot + end)), "nul": f"{folder}/\0{dot}{end}", "home": f"~nobody-of-this-name/{name}"}[what]
+        return {
+            "long": str(folder / ("x" * 10_000 + dot + end)),
+            "nul": f"{folder}/\0{dot}{end}",
+            "home": f"~nobody-of-this-name/{name}",
+        }[what]
     return path
 
 
@@ -298,7 +375,13 @@ def headed(text, data=b"", version=(1, 0), length=None):
     "An array file with this header, whatever it says."
     text = text.encode("latin1", "replace") + b"\n"
     length = len(text) if length is None else length
-    return b"\x93NUMPY" + bytes(version) + (struct.pack("<H", length % 65536) if version[0] == 1 else struct.pack("<I", length)) + text + data
+    return (
+        b"\x93NUMPY"
+        + bytes(version)
+        + (struct.pack("<H", length % 65536) if version[0] == 1 else struct.pack("<I", length))
+        + text
+        + data
+    )
 
 
 def described(descr, shape, data=b"", fortran=False, **options):
@@ -331,7 +414,7 @@ def whole_npz(rng):
 @attack("npz")
 def truncated(rng, folder):
     data = whole_npz(rng)
-    return data[:rng.randrange(len(data))]
+    return data[: rng.randrange(len(data))]
 
 
 @attack("npz")
@@ -348,9 +431,23 @@ def splices(rng, folder):
 def members(rng, folder):
     names = [f"{key}.npy" for key in KEYS]
     held = list(zip(names, map(npy, arrays().values())))
-    odd = ("../x_train.npy", "/etc/x_train.npy", "..\\x_train.npy", "C:\\x_train.npy", "x_train", "X_TRAIN.npy", "x_train.npy/", "x_train.npy.npy", "", ".npy",
-           "a\nb.npy",
-           "\x1b[2J.npy", "\u202e.npy", "x" * 60_000 + ".npy", "x_train.npy ")
+    odd = (
+        "../x_train.npy",
+        "/etc/x_train.npy",
+        "..\\x_train.npy",
+        "C:\\x_train.npy",
+        "x_train",
+        "X_TRAIN.npy",
+        "x_train.npy/",
+        "x_train.npy.npy",
+        "",
+        ".npy",
+        "a\nb.npy",
+        "\x1b[2J.npy",
+        "\u202e.npy",
+        "x" * 60_000 + ".npy",
+        "x_train.npy ",
+    )
     for _ in range(rng.choice((1, 1, 3))):
         place = rng.randrange(len(held)) if held else 0
         what = rng.randrange(6) if held else 0
@@ -369,53 +466,157 @@ def members(rng, folder):
     return packed(held, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
 
 
-SHAPES = ("(-1, 1, 6, 5)", "(12, -1, -6, 5)", "(1000000, 1000000, 1000, 1)", "(2**62,)", "(4294967296, 4294967296)", "(9223372036854775807, 2, 1, 1)",
-          "(18446744073709551617,)",
-          "(0,)", "(0, 1, 6, 5)", "(12, 0, 9223372036854775807, 5)", "()", "(12,)", "(True, True, 6, 5)", "(1.5,)", "(12, 1, 6, None)", "('a',)", "12",
-          "[12, 1, 6, 5]", "{}",
-          "(" + "1, " * 60 + ")", "(" + "1, " * 3000 + ")", "(99999999999999999999999999999999999999,)", "(3000000000, 1, 1)", "(8000, 1, 1000, 1000)")
+SHAPES = (
+    "(-1, 1, 6, 5)",
+    "(12, -1, -6, 5)",
+    "(1000000, 1000000, 1000, 1)",
+    "(2**62,)",
+    "(4294967296, 4294967296)",
+    "(9223372036854775807, 2, 1, 1)",
+    "(18446744073709551617,)",
+    "(0,)",
+    "(0, 1, 6, 5)",
+    "(12, 0, 9223372036854775807, 5)",
+    "()",
+    "(12,)",
+    "(True, True, 6, 5)",
+    "(1.5,)",
+    "(12, 1, 6, None)",
+    "('a',)",
+    "12",
+    "[12, 1, 6, 5]",
+    "{}",
+    "(" + "1, " * 60 + ")",
+    "(" + "1, " * 3000 + ")",
+    "(99999999999999999999999999999999999999,)",
+    "(3000000000, 1, 1)",
+    "(8000, 1, 1000, 1000)",
+)
 
 
 @attack("npz")
 def shapes(rng, folder):
     data = rng.choice((b"", bytes(360), rng.randbytes(96), bytes(100_000)))
-    return with_member(rng, described(rng.choice(("|u1", "<i8", "<f8")), rng.choice(SHAPES), data, rng.random() < 0.3, version=rng.choice(((1, 0), (2, 0), (3, 0)))))
+    return with_member(
+        rng,
+        described(
+            rng.choice(("|u1", "<i8", "<f8")),
+            rng.choice(SHAPES),
+            data,
+            rng.random() < 0.3,
+            version=rng.choice(((1, 0), (2, 0), (3, 0))),
+        ),
+    )
 
 
 @attack("npz")
 def dtypes(rng, folder):
     value = arrays()[rng.choice(KEYS)]
-    kinds = (object, complex, "S3", "U5", "M8[s]", "m8[ns]", bool, np.float16, ">f4", ">i8", np.longdouble, np.uint64, [("a", "u1"), ("b", "f8")], "V7",
-             np.clongdouble)
-    texts = ("|V0", "|S0", "<U0", "|O", "O", "<f3", "|u9", "<U999999999", "|S2147483648", "?", "x", "", "|u1, |u1", "(2,3)f4", "<M8[1000000000Y]",
-             "__import__('os').mkdir('canary')")
-    structs = ([("a", "|O")], [("a\n", "|u1")] * 2, [("x" * 5000, "<f8")], [], [("a", [("b", [("c", "|u1")])])], ("|u1", (3,)), {"names": ["a"], "formats": ["O"]})
+    kinds = (
+        object,
+        complex,
+        "S3",
+        "U5",
+        "M8[s]",
+        "m8[ns]",
+        bool,
+        np.float16,
+        ">f4",
+        ">i8",
+        np.longdouble,
+        np.uint64,
+        [("a", "u1"), ("b", "f8")],
+        "V7",
+        np.clongdouble,
+    )
+    texts = (
+        "|V0",
+        "|S0",
+        "<U0",
+        "|O",
+        "O",
+        "<f3",
+        "|u9",
+        "<U999999999",
+        "|S2147483648",
+        "?",
+        "x",
+        "",
+        "|u1, |u1",
+        "(2,3)f4",
+        "<M8[1000000000Y]",
+        "__import__('os').mkdir('canary')",
+    )
+    structs = (
+        [("a", "|O")],
+        [("a\n", "|u1")] * 2,
+        [("x" * 5000, "<f8")],
+        [],
+        [("a", [("b", [("c", "|u1")])])],
+        ("|u1", (3,)),
+        {"names": ["a"], "formats": ["O"]},
+    )
     if rng.random() < 0.4:
         return with_member(rng, npy(np.zeros(value.shape, rng.choice(kinds))))
-    return with_member(rng, described(rng.choice((*texts, *structs)), rng.choice((value.shape, "(10**18,)", "(1000000000000, 1, 1)")),
-                                      bytes(rng.choice((0, 12, 360)))))
+    return with_member(
+        rng,
+        described(
+            rng.choice((*texts, *structs)),
+            rng.choice((value.shape, "(10**18,)", "(1000000000000, 1, 1)")),
+            bytes(rng.choice((0, 12, 360))),
+        ),
+    )
 
 
 @attack("npz")
 def headers(rng, folder):
     deep = rng.choice((100, 199, 1000, 9000, 60_000))
-    texts = ("", "{}", "None", "[]", "{'descr': '|u1'}", "{'descr': '|u1', 'fortran_order': 'yes', 'shape': (1,)}", "(" * deep, "[" * deep + "]" * deep,
-             "-" * deep + "1", "~" * deep,
-             "{'a':" * deep, " " * 65_000, "\0" * 50, "1" * 6000, "'" * 7, "{**{}}", "{'descr': '|u1', 'fortran_order': False, 'shape': (360,), 'more': 1}",
-             "{'shape': (1,), 'shape': (2,), 'descr': '|u1', 'fortran_order': False}", "__import__('os').mkdir('canary')", "lambda: 1", "f'{1}'", "{1: 2, 'a': 3}",
-             "1e999")
+    texts = (
+        "",
+        "{}",
+        "None",
+        "[]",
+        "{'descr': '|u1'}",
+        "{'descr': '|u1', 'fortran_order': 'yes', 'shape': (1,)}",
+        "(" * deep,
+        "[" * deep + "]" * deep,
+        "-" * deep + "1",
+        "~" * deep,
+        "{'a':" * deep,
+        " " * 65_000,
+        "\0" * 50,
+        "1" * 6000,
+        "'" * 7,
+        "{**{}}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (360,), 'more': 1}",
+        "{'shape': (1,), 'shape': (2,), 'descr': '|u1', 'fortran_order': False}",
+        "__import__('os').mkdir('canary')",
+        "lambda: 1",
+        "f'{1}'",
+        "{1: 2, 'a': 3}",
+        "1e999",
+    )
     version = rng.choice(((1, 0), (1, 0), (2, 0), (3, 0), (0, 0), (1, 7), (255, 255)))
-    return with_member(rng, headed(rng.choice(texts), bytes(360), version, rng.choice((None, None, 0, 1, 60_000, 2**32 - 1, 2**31))))
+    return with_member(
+        rng, headed(rng.choice(texts), bytes(360), version, rng.choice((None, None, 0, 1, 60_000, 2**32 - 1, 2**31)))
+    )
 
 
 @attack("npz")
 def pickles(rng, folder):
     payload = Payload(folder / "canary")
     objects = np.array([payload] * 12, dtype=object)
-    return rng.choice((
-        lambda: with_member(rng, npy(objects)), lambda: with_member(rng, pickle.dumps(payload)), lambda: pickle.dumps(payload), lambda: npy(objects),
-        lambda: with_member(rng, described("|O", (12,), pickle.dumps(objects))), lambda: with_member(rng, described([("a", "|O")], (1,), pickle.dumps(payload))),
-        lambda: with_member(rng, described("|u1", (12,), pickle.dumps(payload)))))()
+    return rng.choice(
+        (
+            lambda: with_member(rng, npy(objects)),
+            lambda: with_member(rng, pickle.dumps(payload)),
+            lambda: pickle.dumps(payload),
+            lambda: npy(objects),
+            lambda: with_member(rng, described("|O", (12,), pickle.dumps(objects))),
+            lambda: with_member(rng, described([("a", "|O")], (1,), pickle.dumps(payload))),
+            lambda: with_member(rng, described("|u1", (12,), pickle.dumps(payload))),
+        )
+    )()
 
 
 @attack("npz")
@@ -445,39 +646,81 @@ def bomb(method, mb):
 @attack("npz")
 def bombs(rng, folder):
     blank = described("|u1", "(12, 1, 6, 5)" + " " * rng.choice((10**4, 10**6, 10**7)), version=(2, 0))
-    return rng.choice((lambda: bomb(zipfile.ZIP_DEFLATED, 20), lambda: bomb(zipfile.ZIP_BZIP2, 128), lambda: bomb(zipfile.ZIP_LZMA, 24),
-                       lambda: with_member(rng, blank),
-                       lambda: packed([(f"{key}.npy", bomb(zipfile.ZIP_BZIP2, 128)) for key in KEYS], zipfile.ZIP_DEFLATED)))()
+    return rng.choice(
+        (
+            lambda: bomb(zipfile.ZIP_DEFLATED, 20),
+            lambda: bomb(zipfile.ZIP_BZIP2, 128),
+            lambda: bomb(zipfile.ZIP_LZMA, 24),
+            lambda: with_member(rng, blank),
+            lambda: packed([(f"{key}.npy", bomb(zipfile.ZIP_BZIP2, 128)) for key in KEYS], zipfile.ZIP_DEFLATED),
+        )
+    )()
 
 
 @attack("npz")
 def directories(rng, folder):
     "A directory that does not tell the truth about what the archive holds."
+
     def lie(entries):
         entry = rng.choice(entries)
-        for field in rng.sample(("file_size", "compress_size", "CRC", "header_offset", "compress_type", "flag_bits", "create_version", "extract_version", "extra"),
-                                rng.choice((1, 1, 2, 3))):
+        for field in rng.sample(
+            (
+                "file_size",
+                "compress_size",
+                "CRC",
+                "header_offset",
+                "compress_type",
+                "flag_bits",
+                "create_version",
+                "extract_version",
+                "extra",
+            ),
+            rng.choice((1, 1, 2, 3)),
+        ):
             huge = rng.choice((0, 1, 127, 487, 488, 489, 10**6, 2**31, 2**32 - 1, 2**32, 2**40, 2**62))
-            setattr(entry, field, {"CRC": huge % 2**32, "compress_type": rng.choice((0, 8)), "flag_bits": rng.choice((1, 8, 0x40, 0x800, 0x20, 0xffff)),
-                                   "create_version": rng.randrange(256), "extract_version": rng.choice((0, 63, 64, 255)),
-                                   "extra": struct.pack("<HHQQ", 1, 16, huge, huge)}.get(field, huge))
+            setattr(
+                entry,
+                field,
+                {
+                    "CRC": huge % 2**32,
+                    "compress_type": rng.choice((0, 8)),
+                    "flag_bits": rng.choice((1, 8, 0x40, 0x800, 0x20, 0xFFFF)),
+                    "create_version": rng.randrange(256),
+                    "extract_version": rng.choice((0, 63, 64, 255)),
+                    "extra": struct.pack("<HHQQ", 1, 16, huge, huge),
+                }.get(field, huge),
+            )
+
     honest = rng.random() < 0.3
     size = rng.choice((10**9, 8 * 10**9, 10**13))
     data = described("|u1", (size,), bytes(360)) if rng.random() < 0.5 else npy(arrays()["x_train"])
     if honest:  # directory and header agree on the same lie
-        return with_member(rng, described("|u1", (size,), bytes(360)), lie=lambda entries: [
-            (setattr(entry, "file_size", size + 128), setattr(entry, "compress_size", rng.choice((360, size)))) for entry in entries])
+        return with_member(
+            rng,
+            described("|u1", (size,), bytes(360)),
+            lie=lambda entries: [
+                (setattr(entry, "file_size", size + 128), setattr(entry, "compress_size", rng.choice((360, size))))
+                for entry in entries
+            ],
+        )
     return with_member(rng, data, lie=lie)
 
 
 @attack("npz")
 def overlaps(rng, folder):
     "Several names for the same bytes."
+
     def lie(entries):
         one = rng.choice(entries)
         for entry in entries:
             if rng.random() < 0.7:
-                entry.header_offset, entry.CRC, entry.file_size, entry.compress_size = one.header_offset, one.CRC, one.file_size, one.compress_size
+                entry.header_offset, entry.CRC, entry.file_size, entry.compress_size = (
+                    one.header_offset,
+                    one.CRC,
+                    one.file_size,
+                    one.compress_size,
+                )
+
     data = packed([(f"{key}.npy", npy(value)) for key, value in arrays().items()], lie=lie)
     return data.replace(b"y_train", b"x_train") if rng.random() < 0.5 else data
 
@@ -500,9 +743,9 @@ def values(rng, folder):
     elif change == 3:
         value = np.asfortranarray(value)
     elif change == 4:
-        value = np.array([2**64 - 1, 2**63, 0, 1] * 3, dtype=np.uint64)[:len(value)]
+        value = np.array([2**64 - 1, 2**63, 0, 1] * 3, dtype=np.uint64)[: len(value)]
     elif change == 5:
-        value = value[:rng.randrange(len(value))]
+        value = value[: rng.randrange(len(value))]
     else:
         value = (value / 255).astype(rng.choice((np.float16, np.float32, np.longdouble)))
     (np.savez if rng.random() < 0.5 else np.savez_compressed)(out := io.BytesIO(), **(good | {key: value}))
@@ -511,8 +754,16 @@ def values(rng, folder):
 
 @attack("npz")
 def others(rng, folder):
-    return rng.choice((lambda: foreign(rng), lambda: npy(arrays()["x_train"]), lambda: packed([("word/document.xml", b"<a/>")]), lambda: packed([]),
-                       lambda: whole_npz(rng) + rng.randbytes(300), lambda: rng.randbytes(300) + whole_npz(rng)))()
+    return rng.choice(
+        (
+            lambda: foreign(rng),
+            lambda: npy(arrays()["x_train"]),
+            lambda: packed([("word/document.xml", b"<a/>")]),
+            lambda: packed([]),
+            lambda: whole_npz(rng) + rng.randbytes(300),
+            lambda: rng.randbytes(300) + whole_npz(rng),
+        )
+    )()
 
 
 @attack("npz")
@@ -530,7 +781,12 @@ def read_npz(rng, folder, given):
         images = judged(lambda: rng.choice((load_npz, load))(path), named=naming(path))
     if images is not None:
         for x, y in ((images.x_train, images.y_train), (images.x_test, images.y_test)):
-            if x.dtype != torch.uint8 or x.ndim != 4 or len(x) != len(y) or not 0 <= int(y.min()) <= int(y.max()) < images.num_classes <= len(images.y_train):
+            if (
+                x.dtype != torch.uint8
+                or x.ndim != 4
+                or len(x) != len(y)
+                or not 0 <= int(y.min()) <= int(y.max()) < images.num_classes <= len(images.y_train)
+            ):
                 raise Broken(f"unsound data were read: {images!r}, labels {int(y.min())} to {int(y.max())}")
     return images is not None, told
 
@@ -538,7 +794,11 @@ def read_npz(rng, folder, given):
 # Checkpoints: `attack(rng, folder, whole)` gives bytes, or a path, from the bytes of a good one
 
 QUIET = dict(epochs=2, lr=0.01, precision="fp32", device="cpu", progress=False, batch_size=6)
-RUNS = {"together": {}, "greedy": dict(schedule="greedy", optimizer="adamw"), "backprop": dict(method="backprop", optimizer="adamw")}
+RUNS = {
+    "together": {},
+    "greedy": dict(schedule="greedy", optimizer="adamw"),
+    "backprop": dict(method="backprop", optimizer="adamw"),
+}
 HISTORY = {"loss", "separation", "g_pos", "g_neg", "seconds"}
 
 
@@ -548,7 +808,9 @@ def trained(name, checkpoint):
     network, images = Network([30, 4, 4]), from_arrays("tiny", **arrays())
     if options.pop("method", "ff") == "backprop":
         return network, lambda: training.train_backprop(network, images, checkpoint=checkpoint, **options)
-    return network, lambda: training.train(network, images, STRATEGIES["label_embedding"](3), checkpoint=checkpoint, **options)
+    return network, lambda: training.train(
+        network, images, STRATEGIES["label_embedding"](3), checkpoint=checkpoint, **options
+    )
 
 
 @cache
@@ -572,7 +834,7 @@ def checkpoints():
 def opened(whole):
     "Header and data of a safetensors file."
     size = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8:8 + size]), whole[8 + size:]
+    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
 
 
 def closed(header, data=b""):
@@ -591,9 +853,16 @@ def retold(whole, **changes):
 def rewritten(whole, change):
     "A checkpoint whose tensors, {name: [dtype, shape, bytes]}, were changed."
     header, data = opened(whole)
-    tensors = {name: [t["dtype"], t["shape"], data[slice(*t["data_offsets"])]] for name, t in header.items() if name != "__metadata__"}
+    tensors = {
+        name: [t["dtype"], t["shape"], data[slice(*t["data_offsets"])]]
+        for name, t in header.items()
+        if name != "__metadata__"
+    }
     change(tensors)
-    out, place = {"__metadata__": {key: v for key, v in header["__metadata__"].items() if key != "crc"}}, 0  # or the checksum alone would refuse it
+    out, place = (
+        {"__metadata__": {key: v for key, v in header["__metadata__"].items() if key != "crc"}},
+        0,
+    )  # or the checksum alone would refuse it
     for name, (dtype, shape, bits) in tensors.items():
         out[name] = dict(dtype=dtype, shape=shape, data_offsets=[place, place + len(bits)])
         place += len(bits)
@@ -602,7 +871,7 @@ def rewritten(whole, change):
 
 @attack("checkpoint")
 def truncated_(rng, folder, whole):
-    return whole[:rng.randrange(len(whole))]
+    return whole[: rng.randrange(len(whole))]
 
 
 @attack("checkpoint")
@@ -623,35 +892,103 @@ def splices_(rng, folder, whole):
 @attack("checkpoint")
 def lengths(rng, folder, whole):
     size = int.from_bytes(whole[:8], "little")
-    return struct.pack("<Q", rng.choice((0, 1, 2, size - 1, size + 1, size // 2, len(whole), 10**8, 10**8 + 1, 2**32, 2**63, 2**64 - 1))) + whole[8:]
+    return (
+        struct.pack(
+            "<Q",
+            rng.choice((0, 1, 2, size - 1, size + 1, size // 2, len(whole), 10**8, 10**8 + 1, 2**32, 2**63, 2**64 - 1)),
+        )
+        + whole[8:]
+    )
 
 
 @attack("checkpoint")
 def header_texts(rng, folder, whole):
     header, data = opened(whole)
     text = json.dumps(header)
-    return closed(rng.choice((
-        b"{}", b"[]", b"null", b"", b"{", nested(rng.choice((50, 127, 128, 1000, 100_000)), rng).encode(), text.encode()[:-1],
-        text.replace('"F32"', '"F99"').encode(), text.encode("utf-16"),
-        (text[:-1] + ', "generator": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}').encode(), text.replace("__metadata__", "__metadata__ ").encode(),
-        (text[:-1] + ', "__metadata__": {}}').encode(), json.dumps(header | {"__metadata__": anything(rng)}).encode(),
-        json.dumps(header | {"__metadata__": {"epoch": 1}}).encode(),
-        text.replace('"shape": [', '"shape": [-1, ').encode(), text.replace("[0, ", "[18446744073709551616, ").encode(), (text + " " * 10**6).encode(),
-        b"\xff" + text.encode())), data)
+    return closed(
+        rng.choice(
+            (
+                b"{}",
+                b"[]",
+                b"null",
+                b"",
+                b"{",
+                nested(rng.choice((50, 127, 128, 1000, 100_000)), rng).encode(),
+                text.encode()[:-1],
+                text.replace('"F32"', '"F99"').encode(),
+                text.encode("utf-16"),
+                (text[:-1] + ', "generator": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}').encode(),
+                text.replace("__metadata__", "__metadata__ ").encode(),
+                (text[:-1] + ', "__metadata__": {}}').encode(),
+                json.dumps(header | {"__metadata__": anything(rng)}).encode(),
+                json.dumps(header | {"__metadata__": {"epoch": 1}}).encode(),
+                text.replace('"shape": [', '"shape": [-1, ').encode(),
+                text.replace("[0, ", "[18446744073709551616, ").encode(),
+                (text + " " * 10**6).encode(),
+                b"\xff" + text.encode(),
+            )
+        ),
+        data,
+    )
 
 
 @attack("checkpoint")
 def metadata(rng, folder, whole):
     key = rng.choice(("epoch", "settings", "history"))
-    return retold(whole, **{key: rng.choice((None, "", "null", "[]", "{}", "{", "1", '"text"', "NaN", "[[]]", "true",
-                                             nested(rng.choice((50, 400, 600, 900, 100_000)), rng), "9" * 5000,
-                                             json.dumps(anything(rng))))})
+    return retold(
+        whole,
+        **{
+            key: rng.choice(
+                (
+                    None,
+                    "",
+                    "null",
+                    "[]",
+                    "{}",
+                    "{",
+                    "1",
+                    '"text"',
+                    "NaN",
+                    "[[]]",
+                    "true",
+                    nested(rng.choice((50, 400, 600, 900, 100_000)), rng),
+                    "9" * 5000,
+                    json.dumps(anything(rng)),
+                )
+            )
+        },
+    )
 
 
 @attack("checkpoint")
 def epochs(rng, folder, whole):
-    return retold(whole, epoch=rng.choice(("-1", "0", "2", "3", "5", "99999999999999999999", "1.0", "1e3", "NaN", "one", "", "0x1", "1_0", "٣", " 1 ", "+1",
-                                           "True", "None", "9" * 4000, "9" * 5000)))
+    return retold(
+        whole,
+        epoch=rng.choice(
+            (
+                "-1",
+                "0",
+                "2",
+                "3",
+                "5",
+                "99999999999999999999",
+                "1.0",
+                "1e3",
+                "NaN",
+                "one",
+                "",
+                "0x1",
+                "1_0",
+                "٣",
+                " 1 ",
+                "+1",
+                "True",
+                "None",
+                "9" * 4000,
+                "9" * 5000,
+            )
+        ),
+    )
 
 
 @attack("checkpoint")
@@ -668,7 +1005,15 @@ def settings_(rng, folder, whole):
         elif what == 3:
             told |= {f"key {i}": i for i in range(1000)}
         elif isinstance(told.get(key), str):
-            told[key] = rng.choice((told[key] + "\n", told[key].replace("\n", "\r\n"), " " + told[key], told[key] + "\x1b[31m", told[key] * 100))
+            told[key] = rng.choice(
+                (
+                    told[key] + "\n",
+                    told[key].replace("\n", "\r\n"),
+                    " " + told[key],
+                    told[key] + "\x1b[31m",
+                    told[key] * 100,
+                )
+            )
     return retold(whole, settings=json.dumps(told))
 
 
@@ -705,7 +1050,9 @@ def tensors(rng, folder, whole):
         if what == 0:
             del held[name]
         elif what == 1:
-            held[rng.choice(("more", "", "../up", "a\nb", "layer.9.weights.0", "x" * 10**5, "generator ", "\u202e"))] = list(held[name])
+            held[
+                rng.choice(("more", "", "../up", "a\nb", "layer.9.weights.0", "x" * 10**5, "generator ", "\u202e"))
+            ] = list(held[name])
         elif what == 2:
             held[name], held[other] = held[other], held[name]
         elif what == 3:
@@ -714,17 +1061,38 @@ def tensors(rng, folder, whole):
             held.clear()
         else:
             held[name + " "] = held.pop(name)
+
     return rewritten(whole, change)
 
 
 @attack("checkpoint")
 def kinds(rng, folder, whole):
     "Tensors of another dtype or shape, of the right number of bytes or not."
+
     def change(held):
         name = rng.choice(list(held))
         dtype, shape, bits = held[name]
-        sizes = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, I16=2, I8=1, U8=1, U16=2, U32=4, U64=8, BOOL=1, C64=8, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, F4=1,
-                     F6_E2M3=1)
+        sizes = dict(
+            F64=8,
+            F32=4,
+            F16=2,
+            BF16=2,
+            I64=8,
+            I32=4,
+            I16=2,
+            I8=1,
+            U8=1,
+            U16=2,
+            U32=4,
+            U64=8,
+            BOOL=1,
+            C64=8,
+            F8_E4M3=1,
+            F8_E5M2=1,
+            F8_E8M0=1,
+            F4=1,
+            F6_E2M3=1,
+        )
         count, what = int(np.prod(shape)), rng.randrange(4)
         if what == 0:
             dtype = rng.choice(list(sizes))
@@ -737,6 +1105,7 @@ def kinds(rng, folder, whole):
         else:
             dtype = rng.choice(("C64", "F64", "F16", "I32", "BOOL", "f32", "", "O", "Q9"))
         held[name] = [dtype, shape, bits]
+
     return rewritten(whole, change)
 
 
@@ -746,7 +1115,14 @@ def not_finite(rng, folder, whole):
         name = rng.choice([name for name, t in held.items() if t[0] == "F32"])
         dtype, shape, bits = held[name]
         place = 4 * rng.randrange(len(bits) // 4)
-        held[name] = [dtype, shape, bits[:place] + struct.pack("<f", rng.choice((float("nan"), float("inf"), -float("inf"), 3e38, 1e-45))) + bits[place + 4:]]
+        held[name] = [
+            dtype,
+            shape,
+            bits[:place]
+            + struct.pack("<f", rng.choice((float("nan"), float("inf"), -float("inf"), 3e38, 1e-45)))
+            + bits[place + 4 :],
+        ]
+
     return rewritten(whole, change)
 
 
@@ -754,11 +1130,22 @@ def not_finite(rng, folder, whole):
 def generators(rng, folder, whole):
     def change(held):
         bits = held["generator"][2]
-        held["generator"] = rng.choice((["U8", [len(bits) - 1], bits[:-1]], ["U8", [0], b""], ["U8", [len(bits)], bytes(len(bits))],
-                                        ["U8", [len(bits)], b"\xff" * len(bits)],
-                                        ["U8", [len(bits)], rng.randbytes(len(bits))], ["U8", [8, len(bits) // 8], bits], ["I8", [len(bits)], bits],
-                                        ["F32", [len(bits) // 4], bits],
-                                        ["U8", [16], bits[:16]], ["U8", [len(bits)], flipped(rng, bits)], ["BOOL", [len(bits)], bits]))
+        held["generator"] = rng.choice(
+            (
+                ["U8", [len(bits) - 1], bits[:-1]],
+                ["U8", [0], b""],
+                ["U8", [len(bits)], bytes(len(bits))],
+                ["U8", [len(bits)], b"\xff" * len(bits)],
+                ["U8", [len(bits)], rng.randbytes(len(bits))],
+                ["U8", [8, len(bits) // 8], bits],
+                ["I8", [len(bits)], bits],
+                ["F32", [len(bits) // 4], bits],
+                ["U8", [16], bits[:16]],
+                ["U8", [len(bits)], flipped(rng, bits)],
+                ["BOOL", [len(bits)], bits],
+            )
+        )
+
     return rewritten(whole, change)
 
 
@@ -767,10 +1154,19 @@ def others_(rng, folder, whole):
     class Whole:  # a torch file of the same run, which would have to be unpickled
         def __reduce__(self):
             return os.mkdir, (str(folder / "canary"),)
+
     torch.save({"epoch": 1, "payload": Whole()}, saved := io.BytesIO())
-    return rng.choice((lambda: foreign(rng), saved.getvalue, lambda: closed({"weight": dict(dtype="F32", shape=[1], data_offsets=[0, 4])}, bytes(4)),
-                       lambda: whole + b"\0",
-                       lambda: closed({"__metadata__": {"format": "pt"}}), lambda: whole * 2, lambda: pickle.dumps(Payload(folder / "canary"))))()
+    return rng.choice(
+        (
+            lambda: foreign(rng),
+            saved.getvalue,
+            lambda: closed({"weight": dict(dtype="F32", shape=[1], data_offsets=[0, 4])}, bytes(4)),
+            lambda: whole + b"\0",
+            lambda: closed({"__metadata__": {"format": "pt"}}),
+            lambda: whole * 2,
+            lambda: pickle.dumps(Payload(folder / "canary")),
+        )
+    )()
 
 
 @attack("checkpoint")
@@ -807,17 +1203,32 @@ def read_checkpoint(rng, folder, given):
         raise Broken("read_checkpoint refused it, but training went on from it")
     if history is not None:
         turns = QUIET["epochs"] * (2 if name == "greedy" else 1)
-        if len(history) != turns or not all(epoch.keys() >= HISTORY and all(isinstance(v, float) for v in (*epoch["loss"], *epoch["separation"],
-                                                                                                           epoch["seconds"])) for epoch in history.epochs):
+        if len(history) != turns or not all(
+            epoch.keys() >= HISTORY
+            and all(isinstance(v, float) for v in (*epoch["loss"], *epoch["separation"], epoch["seconds"]))
+            for epoch in history.epochs
+        ):
             raise Broken(f"a history of {len(history)} epochs, {turns} expected, or not of the right form")
     return history is not None, told
 
 
 # Rows: `attack(rng, folder)` gives {file name: bytes}, or makes the files itself
 
+
 def row(recipe="loewe", seed=0, **changes):
     test = dict(per_label=1.5 + seed, probe=dict(layer_1=2.0, layers_2_to_3=1.0 + seed))
-    return dict(recipe=recipe, seed=seed, config=dict(lr=0.1, widths=[8, 8]), data=dict(name="mnist"), errors=dict(test=test), seconds=10.0, time="now") | changes
+    return (
+        dict(
+            recipe=recipe,
+            seed=seed,
+            config=dict(lr=0.1, widths=[8, 8]),
+            data=dict(name="mnist"),
+            errors=dict(test=test),
+            seconds=10.0,
+            time="now",
+        )
+        | changes
+    )
 
 
 def lines(*rows):
@@ -838,7 +1249,7 @@ def among(rng, line):
 @attack("rows")
 def cut(rng, folder):
     data = good_rows()
-    return {"loewe.jsonl": data[:rng.randrange(len(data))]}
+    return {"loewe.jsonl": data[: rng.randrange(len(data))]}
 
 
 @attack("rows")
@@ -854,14 +1265,28 @@ def row_splices(rng, folder):
 @attack("rows")
 def encodings(rng, folder):
     text = good_rows().decode()
-    return {"loewe.jsonl": rng.choice((text.encode("utf-16"), text.encode("utf-16-le"), text.encode("utf-32"), b"\xef\xbb\xbf" + text.encode(),
-                                       text.replace("loewe", "löwe").encode("latin1"),
-                                       text.replace("\n", "\r").encode(), text.replace("\n", "\r\n").encode(), text.replace("\n", "\x0b").encode(),
-                                       text.replace("\n", "\u2028").encode(),
-                                       text.encode() + b"\0" * rng.choice((1, 5000)), b"\0" + text.encode(), text.replace("mnist", "mn\0ist").encode(),
-                                       text.encode("utf-7"),
-                                       text.replace("mnist", "\xff").encode("latin1"), text.encode() + b"\x1a",
-                                       text.replace("mnist", "\ud800").encode("utf-8", "surrogatepass")))}
+    return {
+        "loewe.jsonl": rng.choice(
+            (
+                text.encode("utf-16"),
+                text.encode("utf-16-le"),
+                text.encode("utf-32"),
+                b"\xef\xbb\xbf" + text.encode(),
+                text.replace("loewe", "löwe").encode("latin1"),
+                text.replace("\n", "\r").encode(),
+                text.replace("\n", "\r\n").encode(),
+                text.replace("\n", "\x0b").encode(),
+                text.replace("\n", "\u2028").encode(),
+                text.encode() + b"\0" * rng.choice((1, 5000)),
+                b"\0" + text.encode(),
+                text.replace("mnist", "mn\0ist").encode(),
+                text.encode("utf-7"),
+                text.replace("mnist", "\xff").encode("latin1"),
+                text.encode() + b"\x1a",
+                text.replace("mnist", "\ud800").encode("utf-8", "surrogatepass"),
+            )
+        )
+    }
 
 
 @attack("rows")
@@ -870,13 +1295,37 @@ def nesting(rng, folder):
     deep = nested(depth, rng)
     key = rng.choice(("recipe", "seed", "config", "data", "errors", "seconds", "more"))
     line = json.dumps(row() | {key: "HERE"}).replace('"HERE"', deep)
-    return {"loewe.jsonl": (line + "\n").encode() * rng.choice((1, 2)) + lines(row(seed=1))} if rng.random() < 0.6 else among(rng, deep)
+    return (
+        {"loewe.jsonl": (line + "\n").encode() * rng.choice((1, 2)) + lines(row(seed=1))}
+        if rng.random() < 0.6
+        else among(rng, deep)
+    )
 
 
 @attack("rows")
 def numbers(rng, folder):
-    number = rng.choice(("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "1" * 4300, "1" * 5000, "-" + "9" * 309, "1e-999", "0.1e1", "true", "1.0",
-                         "-0", "01", "1_0", "0x1", "1e308"))
+    number = rng.choice(
+        (
+            "NaN",
+            "Infinity",
+            "-Infinity",
+            "1e999",
+            "-1e999",
+            "1" * 400,
+            "1" * 4300,
+            "1" * 5000,
+            "-" + "9" * 309,
+            "1e-999",
+            "0.1e1",
+            "true",
+            "1.0",
+            "-0",
+            "01",
+            "1_0",
+            "0x1",
+            "1e308",
+        )
+    )
     place = rng.choice(('"seed": 1', '"per_label": 2.5', '"seconds": 10.0', '"layers_2_to_3": 2.0', '"lr": 0.1'))
     return {"loewe.jsonl": good_rows().decode().replace(place, place.split(":")[0] + ": " + number).encode()}
 
@@ -886,14 +1335,33 @@ def types(rng, folder):
     "A row that has something else under one of its keys, at any depth."
     held = [row(seed=seed) for seed in range(3)]
     for _ in range(rng.choice((1, 1, 2))):
-        place, path = rng.choice(held), rng.choice(("recipe", "seed", "config", "data", "data.name", "errors", "errors.test", "errors.test.per_label",
-                                                    "errors.test.probe",
-                                                    "errors.test.probe.layers_2_to_3", "seconds", "config.lr", "time"))
+        place, path = (
+            rng.choice(held),
+            rng.choice(
+                (
+                    "recipe",
+                    "seed",
+                    "config",
+                    "data",
+                    "data.name",
+                    "errors",
+                    "errors.test",
+                    "errors.test.per_label",
+                    "errors.test.probe",
+                    "errors.test.probe.layers_2_to_3",
+                    "seconds",
+                    "config.lr",
+                    "time",
+                )
+            ),
+        )
         *above, last = path.split(".")
         for key in above:
             place = place.get(key) if isinstance(place, dict) else None
         if isinstance(place, dict):
-            place[last] = rng.choice((anything(rng), None, [], {}, "text", [1, 2], {"a": 1}, True, 1, 1.5, [[1], [2, 3]], "1.5", ""))
+            place[last] = rng.choice(
+                (anything(rng), None, [], {}, "text", [1, 2], {"a": 1}, True, 1, 1.5, [[1], [2, 3]], "1.5", "")
+            )
     return {"loewe.jsonl": lines(*held)}
 
 
@@ -913,27 +1381,62 @@ def any_json(rng, folder):
 @attack("rows")
 def duplicates(rng, folder):
     key, value = rng.choice(("recipe", "seed", "errors", "data", "config")), json.dumps(anything(rng))
-    return among(rng, json.dumps(row(seed=rng.choice((0, 7))))[:-1] + f', "{key}": {value}' * rng.choice((1, 2, 1000)) + "}")
+    return among(
+        rng, json.dumps(row(seed=rng.choice((0, 7))))[:-1] + f', "{key}": {value}' * rng.choice((1, 2, 1000)) + "}"
+    )
 
 
 @attack("rows")
 def texts(rng, folder):
     "Names that a terminal should not be sent as they are."
-    odd = rng.choice(("\ud800", "\udcff\ud800", "\x1b[2J", "a\nb", "a\rb", "a|b", "\0", "\u202e", "x" * 100_000, "", " ", "\u2028", "=cmd()", "<script>",
-                      "../../up", "/abs"))
-    change = rng.choice((dict(recipe=odd), dict(data=dict(name=odd)), dict(errors=dict(test={"probe": {odd: 1.0}})), dict(errors={"test": {"per_label": odd}}),
-                         {odd: odd}, dict(seconds=odd)))
+    odd = rng.choice(
+        (
+            "\ud800",
+            "\udcff\ud800",
+            "\x1b[2J",
+            "a\nb",
+            "a\rb",
+            "a|b",
+            "\0",
+            "\u202e",
+            "x" * 100_000,
+            "",
+            " ",
+            "\u2028",
+            "=cmd()",
+            "<script>",
+            "../../up",
+            "/abs",
+        )
+    )
+    change = rng.choice(
+        (
+            dict(recipe=odd),
+            dict(data=dict(name=odd)),
+            dict(errors=dict(test={"probe": {odd: 1.0}})),
+            dict(errors={"test": {"per_label": odd}}),
+            {odd: odd},
+            dict(seconds=odd),
+        )
+    )
     return {"loewe.jsonl": lines(row(), row(seed=1, **change)) if rng.random() < 0.5 else lines(row(**change))}
 
 
 @attack("rows")
 def long(rng, folder):
     size = rng.choice((10**5, 10**6))
-    return rng.choice((lambda: among(rng, "x" * size), lambda: among(rng, '{"recipe": "' + "x" * size),
-                       lambda: among(rng, json.dumps(row(seed=5, more=list(range(size // 10))))),
-                       lambda: among(rng, json.dumps(row(seed=5, more="x" * size))), lambda: {"loewe.jsonl": b"\n" * size + good_rows()},
-                       lambda: {"loewe.jsonl": b"{}\n" * 1000},
-                       lambda: {"loewe.jsonl": b" " * size}, lambda: {"loewe.jsonl": lines(*(row(seed=seed) for seed in range(100)))}))()
+    return rng.choice(
+        (
+            lambda: among(rng, "x" * size),
+            lambda: among(rng, '{"recipe": "' + "x" * size),
+            lambda: among(rng, json.dumps(row(seed=5, more=list(range(size // 10))))),
+            lambda: among(rng, json.dumps(row(seed=5, more="x" * size))),
+            lambda: {"loewe.jsonl": b"\n" * size + good_rows()},
+            lambda: {"loewe.jsonl": b"{}\n" * 1000},
+            lambda: {"loewe.jsonl": b" " * size},
+            lambda: {"loewe.jsonl": lines(*(row(seed=seed) for seed in range(100)))},
+        )
+    )()
 
 
 @attack("rows")
@@ -949,7 +1452,10 @@ def row_places(rng, folder):
 
 def shell(*arguments):
     "The command in this process, on a terminal that takes UTF-8 only; `Broken` unless it ends well, or with 2 and one line."
-    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")]
+    streams = [
+        io.TextIOWrapper(io.BytesIO(), "utf-8"),
+        io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace"),
+    ]
     try:
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
             cli.main(arguments)
@@ -958,7 +1464,12 @@ def shell(*arguments):
     except SystemExit as end:
         streams[1].flush()
         said = streams[1].buffer.getvalue().decode()
-        if end.code != 2 or not said.startswith("ff-research: ") or said.count("\n") != 1 or not said.strip().isprintable():
+        if (
+            end.code != 2
+            or not said.startswith("ff-research: ")
+            or said.count("\n") != 1
+            or not said.strip().isprintable()
+        ):
             raise Broken(f"exit code {end.code}: {said[:300]!r}") from end
         return False
 
@@ -970,8 +1481,11 @@ def read_rows(rng, folder, given):
     (folder / "ff_research").mkdir()
     (folder / "ff_research" / "published").symlink_to(folder)
     paths = sorted(folder.glob("*.jsonl"))
-    with guarded(folder) as told, mock.patch.dict(os.environ, FF_RESEARCH_RESULTS=str(folder)), mock.patch.object(results, "files",
-                                                                                                                  lambda package: folder / package):
+    with (
+        guarded(folder) as told,
+        mock.patch.dict(os.environ, FF_RESEARCH_RESULTS=str(folder)),
+        mock.patch.object(results, "files", lambda package: folder / package),
+    ):
         for path in paths:
             held = judged(lambda: results.read_rows(path), repr(path.name)[1:-1])
             if held is not None and not all(isinstance(r, dict) for r in held):
@@ -991,11 +1505,66 @@ def read_rows(rng, folder, given):
 # Recipes: `attack(rng, folder)` gives what is to be called, and whether it has to be refused; None if it has to work
 
 SOUND = dict(name="fuzz", data="digits", widths=(8,), epochs=1, batch_size=500)
-ODD = (None, "", "text", -1, -0.5, 10**12, 10**400, -10**400, float("nan"), float("inf"), True, b"bytes", [], {}, (), [[]], {"a": 1}, (None,), object(), "\0",
-       "x" * 10_000, 1j, {1}, range(3), nested)
-NAMES = ("..", ".", "", "../up", "a/b", "/abs", "a\\b", "a\0b", "a\nb", "\x1b[31m", "x" * 10_000, "x" * 300, "~", "~/a", "*", "-", ".hidden", "a b", "ä", "\ud800",
-         "\u202e", "CON:", "a\u2028b", None, 7, ["loewe"],
-         {"a": 1}, b"loewe", ("loewe",), float("nan"), True)
+ODD = (
+    None,
+    "",
+    "text",
+    -1,
+    -0.5,
+    10**12,
+    10**400,
+    -(10**400),
+    float("nan"),
+    float("inf"),
+    True,
+    b"bytes",
+    [],
+    {},
+    (),
+    [[]],
+    {"a": 1},
+    (None,),
+    object(),
+    "\0",
+    "x" * 10_000,
+    1j,
+    {1},
+    range(3),
+    nested,
+)
+NAMES = (
+    "..",
+    ".",
+    "",
+    "../up",
+    "a/b",
+    "/abs",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "\x1b[31m",
+    "x" * 10_000,
+    "x" * 300,
+    "~",
+    "~/a",
+    "*",
+    "-",
+    ".hidden",
+    "a b",
+    "ä",
+    "\ud800",
+    "\u202e",
+    "CON:",
+    "a\u2028b",
+    None,
+    7,
+    ["loewe"],
+    {"a": 1},
+    b"loewe",
+    ("loewe",),
+    float("nan"),
+    True,
+)
 
 
 def tower(depth):
@@ -1008,71 +1577,179 @@ def tower(depth):
 
 def made(**changes):
     "A call that makes a recipe and runs it. Measuring, and telling of the machine, are left out; the network is small, or not made."
+
     def call():
         chosen = recipes.Recipe(**(SOUND | changes))
         if sum(chosen.widths) > 1000 or chosen.epochs > 2:
             return chosen  # sound, but more than a test should run
-        with mock.patch.object(recipes, "_measure", lambda *a, **k: {}), mock.patch.object(recipes, "origin", lambda *a: {}):
+        with (
+            mock.patch.object(recipes, "_measure", lambda *a, **k: {}),
+            mock.patch.object(recipes, "origin", lambda *a: {}),
+        ):
             return recipes.run(chosen, progress=False, device="cpu", precision="fp32")
+
     return call
 
 
 def in_field(*names):
     "A family that puts nonsense into fields of one kind."
+
     def make(rng, folder):
         name = rng.choice(names)
-        fits = {"name": {"text"}, "target": {"", "text", "\0", "x" * 10_000}, "data": set(), "objective": {None}, "options": {()},
-                "full_gradient": {True}}.get(name, set())
+        fits = {
+            "name": {"text"},
+            "target": {"", "text", "\0", "x" * 10_000},
+            "data": set(),
+            "objective": {None},
+            "options": {()},
+            "full_gradient": {True},
+        }.get(name, set())
         odd = rng.choice([v for v in ODD if not any(type(v) is type(fit) and v == fit for fit in fits)])
         large = name in ("lr", "weight_decay", "peer") and odd == 10**12  # a number like any other
         return made(**{name: odd}), not large and (name != "target" or not isinstance(odd, str))
+
     return make
 
 
-for family, names in dict(numbers_of_recipes=("lr", "weight_decay", "peer"), counts=("epochs", "batch_size"),
-                          words=("method", "strategy", "lr_schedule", "optimizer", "schedule", "objective"),
-                          data_of_recipes=("data",), others_of_recipes=("name", "target", "full_gradient", "options")).items():
+for family, names in dict(
+    numbers_of_recipes=("lr", "weight_decay", "peer"),
+    counts=("epochs", "batch_size"),
+    words=("method", "strategy", "lr_schedule", "optimizer", "schedule", "objective"),
+    data_of_recipes=("data",),
+    others_of_recipes=("name", "target", "full_gradient", "options"),
+).items():
     ATTACKS["recipe"][family] = in_field(*names)
 
 
 @attack("recipe")
 def widths(rng, folder):
-    return made(widths=rng.choice(((), (0,), (-1,), (10**12,), (8, -8), (8, 10**9), (1.5,), ("8",), (None,), (True,), (float("nan"),), ((8,),), "888", [8, 8], 8,
-                                   {8}, (10**400,), tower(2000), (8,) * 10**5,
-                                   (100_000,) * 1000, range(1, 3), (b"8",), None, {8: 8}, (float("inf"),)))), True
+    return made(
+        widths=rng.choice(
+            (
+                (),
+                (0,),
+                (-1,),
+                (10**12,),
+                (8, -8),
+                (8, 10**9),
+                (1.5,),
+                ("8",),
+                (None,),
+                (True,),
+                (float("nan"),),
+                ((8,),),
+                "888",
+                [8, 8],
+                8,
+                {8},
+                (10**400,),
+                tower(2000),
+                (8,) * 10**5,
+                (100_000,) * 1000,
+                range(1, 3),
+                (b"8",),
+                None,
+                {8: 8},
+                (float("inf"),),
+            )
+        )
+    ), True
 
 
 @attack("recipe")
 def options(rng, folder):
     objective = rng.choice(("hinton", "symba", "swish_symba", None))
-    odd = rng.choice((("nonsense", 1), ("scale", "much"), ("scale", float("nan")), ("scale", None), ("", 1), ("__class__", 1), ("self", 1), ("scale", (1, 2)),
-                      ("scale", 10**400), ("scale", float("inf")),
-                      ("x" * 10_000, 1), ("\n", 1), (1, 1), "ab", None, ("scale",), tower(2000), ("scale", [1]), ("theta", "high"), ("theta", float("nan")),
-                      ("goodness", 1)))
+    odd = rng.choice(
+        (
+            ("nonsense", 1),
+            ("scale", "much"),
+            ("scale", float("nan")),
+            ("scale", None),
+            ("", 1),
+            ("__class__", 1),
+            ("self", 1),
+            ("scale", (1, 2)),
+            ("scale", 10**400),
+            ("scale", float("inf")),
+            ("x" * 10_000, 1),
+            ("\n", 1),
+            (1, 1),
+            "ab",
+            None,
+            ("scale",),
+            tower(2000),
+            ("scale", [1]),
+            ("theta", "high"),
+            ("theta", float("nan")),
+            ("goodness", 1),
+        )
+    )
     return made(objective=objective, options=rng.choice(((odd,), (("scale", 1.0), odd)))), True
 
 
 @attack("recipe")
 def paths_as_data(rng, folder):
-    return made(data=rng.choice(("../up.npz", "/dev/zero", "/dev/zero.npz", "a\0.npz", "x" * 10_000 + ".npz", "~nobody-of-this-name/x.npz", "file:///etc/passwd",
-                                 "http://localhost/x.npz", str(folder), f"{folder}/",
-                                 str(folder / "absent.npz"), "\n.npz", "mnist/../digits", "digits ", "-", "*", ".npz"))), True
+    return made(
+        data=rng.choice(
+            (
+                "../up.npz",
+                "/dev/zero",
+                "/dev/zero.npz",
+                "a\0.npz",
+                "x" * 10_000 + ".npz",
+                "~nobody-of-this-name/x.npz",
+                "file:///etc/passwd",
+                "http://localhost/x.npz",
+                str(folder),
+                f"{folder}/",
+                str(folder / "absent.npz"),
+                "\n.npz",
+                "mnist/../digits",
+                "digits ",
+                "-",
+                "*",
+                ".npz",
+            )
+        )
+    ), True
 
 
 @attack("recipe")
 def unknown_fields(rng, folder):
-    return made(**{rng.choice(("depth", "Name", "__class__", "self ", "widths_", "seed", "x" * 1000)): rng.choice(ODD)}), True
+    return made(
+        **{rng.choice(("depth", "Name", "__class__", "self ", "widths_", "seed", "x" * 1000)): rng.choice(ODD)}
+    ), True
 
 
 @attack("recipe")
 def edges(rng, folder):
     "The ends of what is allowed: these have to work."
-    return made(**rng.choice((dict(lr=0), dict(lr=1), dict(lr=1e-300), dict(weight_decay=0), dict(peer=1), dict(epochs=0), dict(widths=(1,)),
-                              dict(widths=(20,) * 10), dict(batch_size=1437), dict(target="\0"),
-                              dict(batch_size=10**6), dict(name="a" * 100), dict(name="0._-"),
-                              dict(objective="hinton", options=(("scale", 0.5), ("theta", "units"))), dict(widths=(100_000,)), dict(epochs=10**6),
-                              dict(method="random", epochs=0), dict(method="pixels", widths=()), dict(method="backprop", objective=None),
-                              dict(full_gradient=True, peer=0.5)))), None
+    return made(
+        **rng.choice(
+            (
+                dict(lr=0),
+                dict(lr=1),
+                dict(lr=1e-300),
+                dict(weight_decay=0),
+                dict(peer=1),
+                dict(epochs=0),
+                dict(widths=(1,)),
+                dict(widths=(20,) * 10),
+                dict(batch_size=1437),
+                dict(target="\0"),
+                dict(batch_size=10**6),
+                dict(name="a" * 100),
+                dict(name="0._-"),
+                dict(objective="hinton", options=(("scale", 0.5), ("theta", "units"))),
+                dict(widths=(100_000,)),
+                dict(epochs=10**6),
+                dict(method="random", epochs=0),
+                dict(method="pixels", widths=()),
+                dict(method="backprop", objective=None),
+                dict(full_gradient=True, peer=0.5),
+            )
+        )
+    ), None
 
 
 @attack("recipe")
@@ -1085,19 +1762,31 @@ def several(rng, folder):
 @attack("recipe")
 def names(rng, folder):
     name = rng.choice(NAMES)
-    calls = (lambda: recipes.Recipe(**(SOUND | dict(name=name))), lambda: recipes.recipe(name), lambda: recipes.run_and_keep(name, 0, folder=folder, progress=False),
-             lambda: list(recipes.run_many([name], [0], folder=folder, progress=False)), lambda: results.publish(name, source=folder, target=folder / "shipped"),
-             lambda: results.published("" if name is None else name), lambda: recipes.trials(name, folder), lambda: recipes.publish_trials(name, folder),
-             lambda: list(recipes.tune(name, folder=folder)))
+    calls = (
+        lambda: recipes.Recipe(**(SOUND | dict(name=name))),
+        lambda: recipes.recipe(name),
+        lambda: recipes.run_and_keep(name, 0, folder=folder, progress=False),
+        lambda: list(recipes.run_many([name], [0], folder=folder, progress=False)),
+        lambda: results.publish(name, source=folder, target=folder / "shipped"),
+        lambda: results.published("" if name is None else name),
+        lambda: recipes.trials(name, folder),
+        lambda: recipes.publish_trials(name, folder),
+        lambda: list(recipes.tune(name, folder=folder)),
+    )
     return rng.choice(calls), True
 
 
 @attack("recipe")
 def seeds(rng, folder):
-    seed = rng.choice((None, "0", "../../up", 0.5, float("nan"), float("inf"), 2**64, 10**400, [0], (0,), b"0", "a\0b", "x" * 10_000))
+    seed = rng.choice(
+        (None, "0", "../../up", 0.5, float("nan"), float("inf"), 2**64, 10**400, [0], (0,), b"0", "a\0b", "x" * 10_000)
+    )
     quiet = dict(progress=False, device="cpu", precision="fp32")
-    calls = (lambda: recipes.run_and_keep("digits", seed, folder=folder, **quiet), lambda: list(recipes.run_many(["digits"], [seed], folder=folder, **quiet)),
-             lambda: recipes.run(recipes.Recipe(**SOUND), seed, **quiet))
+    calls = (
+        lambda: recipes.run_and_keep("digits", seed, folder=folder, **quiet),
+        lambda: list(recipes.run_many(["digits"], [seed], folder=folder, **quiet)),
+        lambda: recipes.run(recipes.Recipe(**SOUND), seed, **quiet),
+    )
     return rng.choice(calls), True
 
 
@@ -1116,7 +1805,11 @@ def call_recipe(rng, folder, given):
     "Whether the call went through; `Broken` if it had to be refused, or only was when the network was made."
     call, refuse = given
     images = _warm()
-    guards = [mock.patch.object(recipes, "load", lambda name, **options: images if name == "digits" else load(name, **options))]
+    guards = [
+        mock.patch.object(
+            recipes, "load", lambda name, **options: images if name == "digits" else load(name, **options)
+        )
+    ]
     if refuse:
         guards.append(mock.patch.object(recipes, "Network", reached))
     with guarded(folder) as told, contextlib.ExitStack() as stack:
@@ -1138,6 +1831,7 @@ def call_recipe(rng, folder, given):
 
 
 # Running
+
 
 def one(kind, family, number, seed, folder):
     "One case, in an empty folder: whether it could be read, and what it took."
@@ -1170,13 +1864,26 @@ def run(kind, cases, seed=0, say=print, only=None):
                 except Exception as error:
                     failed += 1
                     failures.append((f"{kind}/{family}/{number}", error))
-                    say(f"FAILED {kind}/{family}/{number}: {type(error).__name__}: {str(error)[:300]}\n"
-                        f"    again: python -m tests.faults.fuzz --case {kind}/{family}/{number} --seed {seed}")
+                    say(
+                        f"FAILED {kind}/{family}/{number}: {type(error).__name__}: {str(error)[:300]}\n"
+                        f"    again: python -m tests.faults.fuzz --case {kind}/{family}/{number} --seed {seed}"
+                    )
                 shutil.rmtree(folder)
-            rows.append(dict(kind=kind, family=family.rstrip("_"), cases=count, answered=count - failed, loaded=loaded, failed=failed,
-                             peak_extra_memory_mb=round(peak, 1),
-                             seconds=round(time.perf_counter() - start, 2), seed=seed, version=ff_research.__version__,
-                             time=datetime.now(timezone.utc).isoformat(timespec="seconds")))
+            rows.append(
+                dict(
+                    kind=kind,
+                    family=family.rstrip("_"),
+                    cases=count,
+                    answered=count - failed,
+                    loaded=loaded,
+                    failed=failed,
+                    peak_extra_memory_mb=round(peak, 1),
+                    seconds=round(time.perf_counter() - start, 2),
+                    seed=seed,
+                    version=ff_research.__version__,
+                    time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                )
+            )
     return rows, failures
 
 
@@ -1201,8 +1908,10 @@ def main(arguments=None):
         failed += len(failures)
         rows += of_kind
         for r in of_kind:
-            print(f"{kind:11}{r['family']:20}{r['cases']:6}{r['answered']:9}{r['loaded']:7}{r['failed']:7}{r['peak_extra_memory_mb']:7.1f}{r['seconds']:8.1f}",
-                  flush=True)
+            print(
+                f"{kind:11}{r['family']:20}{r['cases']:6}{r['answered']:9}{r['loaded']:7}{r['failed']:7}{r['peak_extra_memory_mb']:7.1f}{r['seconds']:8.1f}",
+                flush=True,
+            )
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -3,6 +3,7 @@
 The parent imports everything once and never trains, so a child costs a fork and not a start of Python. The victim is a small recipe
 on digits, run and published by the functions that the command line calls.
 """
+
 import contextlib
 import json
 import os
@@ -105,7 +106,9 @@ def rows_of(folder, part="results"):
 
 def essence(row):
     "What must be the same in every run: all but times, memory and origin."
-    return json.dumps({key: row[key] for key in ("recipe", "seed", "config", "errors", "weights", "curves")}, sort_keys=True)
+    return json.dumps(
+        {key: row[key] for key in ("recipe", "seed", "config", "errors", "weights", "curves")}, sort_keys=True
+    )
 
 
 def litter(folder):

@@ -7,6 +7,7 @@ was drawn beforehand: in the middle of training, of writing a checkpoint, of rea
 its row, or of publishing. Every fourth is stopped a second time while it resumes. Then it is left in peace. It must end with the weights of
 the undisturbed run, bit by bit (the row carries their fingerprint), with one row, one published row, and nothing else left behind.
 """
+
 import argparse
 import json
 import os
@@ -22,7 +23,13 @@ from pathlib import Path
 import ff_research
 from tests.faults.harness import essence, in_child, litter, prepare, rows_of, run_victim
 
-PHASES = {"training": "one_epoch", "checkpoint": "save_checkpoint", "read-out": "_measure", "row": "append_row", "publishing": "publish"}
+PHASES = {
+    "training": "one_epoch",
+    "checkpoint": "save_checkpoint",
+    "read-out": "_measure",
+    "row": "append_row",
+    "publishing": "publish",
+}
 FUNCTIONS = set(PHASES.values())
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -32,6 +39,7 @@ class Watch:
 
     at: (the function's name, its how manieth call, the event's number in it); None counts only. The innermost phase has the event.
     """
+
     def __init__(self, at=None, stop=None):
         self.at, self.stop = at, stop
         self.open, self.calls, self.events = [], Counter(), {}
@@ -67,7 +75,9 @@ def undisturbed(folder):
     code, said = in_child(partial(watched, folder, report=folder / "events.json"))
     assert code == 0, said
     counted = json.loads((folder / "events.json").read_text())
-    events = {phase: [(name, call, n) for name, call, n in counted if name == function] for phase, function in PHASES.items()}
+    events = {
+        phase: [(name, call, n) for name, call, n in counted if name == function] for phase, function in PHASES.items()
+    }
     assert all(events.values()), events
     return essence(rows_of(folder)[0]), events
 
@@ -119,12 +129,22 @@ def kill(count, seed, tell=print):
         phase, stop = list(PHASES)[i % len(PHASES)], SIGNALS[i // len(PHASES) % len(SIGNALS)]
         wrong = trial(expected, events, phase, stop, random.Random(f"{seed}/{i}"), twice=i % 4 == 3)
         line = lines.setdefault((phase, stop.name), Counter())
-        line.update(stopped=1, survived=not wrong, rows_lost=any("0 rows" in w for w in wrong), rows_doubled=any("doubled" in w or "2 rows" in w for w in wrong))
+        line.update(
+            stopped=1,
+            survived=not wrong,
+            rows_lost=any("0 rows" in w for w in wrong),
+            rows_doubled=any("doubled" in w or "2 rows" in w for w in wrong),
+        )
         if wrong:
             faults.append(f"stop {i} (seed {seed}), {phase}, {stop.name}: {'; '.join(wrong)}")
             tell(faults[-1])
-    made = dict(seed=seed, version=ff_research.__version__, time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    return [dict(phase=phase, signal=name, **{key: int(v) for key, v in line.items()}, **made) for (phase, name), line in lines.items()], faults
+    made = dict(
+        seed=seed, version=ff_research.__version__, time=datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
+    return [
+        dict(phase=phase, signal=name, **{key: int(v) for key, v in line.items()}, **made)
+        for (phase, name), line in lines.items()
+    ], faults
 
 
 def main():
@@ -136,7 +156,9 @@ def main():
     lines, faults = kill(args.count, args.seed)
     for line in lines:
         print(f"{line['phase']:11} {line['signal']:8} {line['survived']} of {line['stopped']} survived")
-    print(f"{sum(line['survived'] for line in lines)} of {args.count} survived, {sum(line['rows_lost'] for line in lines)} rows lost, {sum(line['rows_doubled'] for line in lines)} doubled")
+    print(
+        f"{sum(line['survived'] for line in lines)} of {args.count} survived, {sum(line['rows_lost'] for line in lines)} rows lost, {sum(line['rows_doubled'] for line in lines)} doubled"
+    )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

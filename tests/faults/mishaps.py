@@ -5,6 +5,7 @@
 Each mishap is a function that stages it, looks at what was said and at what is left, and raises AssertionError where something was lost.
 It returns the one line that the user saw.
 """
+
 import argparse
 import ctypes
 import json
@@ -59,7 +60,9 @@ def then_it_works(folder, expected, seeds=1):
     "The same command, when the mishap is over, ends with the rows of an undisturbed run and leaves nothing behind."
     code, said = in_child(run(folder, seeds))
     assert code == 0, said
-    assert essence(rows_of(folder)[0]) == expected and sorted(row["seed"] for row in rows_of(folder)) == list(range(seeds))
+    assert essence(rows_of(folder)[0]) == expected and sorted(row["seed"] for row in rows_of(folder)) == list(
+        range(seeds)
+    )
     assert not litter(folder), litter(folder)
 
 
@@ -94,7 +97,9 @@ def disk_full_at_the_row(folder, expected):
 
 def then_it_works_with(folder, seeds):
     code, said = in_child(run(folder, seeds))
-    assert code == 0 and sorted(row["seed"] for row in rows_of(folder) if row["recipe"] == "victim") == list(range(seeds)), said
+    assert code == 0 and sorted(row["seed"] for row in rows_of(folder) if row["recipe"] == "victim") == list(
+        range(seeds)
+    ), said
     assert not litter(folder)
 
 
@@ -102,7 +107,9 @@ def small_disk(folder, expected):
     "A file system of its own with 256 kB, most of which a big file takes."
     place = folder / "results"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True
+    )
     if done.returncode:
         raise NotHere(f"a small file system cannot be mounted here: {done.stderr.strip() or 'not permitted'}")
     try:
@@ -119,7 +126,11 @@ def small_disk(folder, expected):
 def bound_by_permissions(work):
     "Root may write everywhere, unless it gives that right away (the capability CAP_DAC_OVERRIDE, Linux)."
     if os.geteuid() == 0:
-        libc, header, rights = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        libc, header, rights = (
+            ctypes.CDLL(None, use_errno=True),
+            (ctypes.c_uint32 * 2)(0x20080522, 0),
+            (ctypes.c_uint32 * 6)(),
+        )
         assert libc.capget(header, rights) == 0
         rights[0] &= ~(1 << 1)
         assert libc.capset(header, rights) == 0
@@ -140,8 +151,10 @@ def read_only_folder(folder, expected):
 
 def clock_goes_backwards(folder, expected):
     "Every reading of the calendar is an hour before the last one."
+
     class Backwards(datetime):
         hours = 0
+
         @classmethod
         def now(cls, tz=None):
             cls.hours += 1
@@ -155,9 +168,14 @@ def clock_goes_backwards(folder, expected):
         rows = results.latest(rows_of(folder))
         assert len(rows) == 3 and rows[0]["time"] > rows[2]["time"]
         results.publish("victim", folder / "results", folder / "published")
+
     code, said = in_child(work)
     assert code == 0, said
-    assert essence(rows_of(folder)[0]) == expected and [row["seed"] for row in rows_of(folder, "published")] == [0, 1, 2]
+    assert essence(rows_of(folder)[0]) == expected and [row["seed"] for row in rows_of(folder, "published")] == [
+        0,
+        1,
+        2,
+    ]
     return "nothing to say: rows are known by their order in the file"
 
 
@@ -171,8 +189,10 @@ def processes_at_the_same_job(folder, expected, processes=2):
 
 def processes_at_one_results_folder(folder, expected, processes=4):
     "Four jobs that append to one file."
+
     def job(seed):
         return lambda: recipes.run_and_keep("victim", seed, folder=folder / "results", **QUIET)
+
     ended = at_once([job(seed) for seed in range(processes)])
     assert [code for code, _ in ended] == [0] * processes, ended
     assert sorted(row["seed"] for row in rows_of(folder)) == list(range(processes)) and not litter(folder)
@@ -185,6 +205,7 @@ def processes_at_one_checkpoint(folder, expected, processes=4):
 
     class Slow(STRATEGIES["label_embedding"]):
         name = "slow"
+
         def streams(self, *arguments):
             held.set()
             free.wait(60)
@@ -196,7 +217,14 @@ def processes_at_one_checkpoint(folder, expected, processes=4):
     def later():
         held.wait(60)
         try:
-            train(Network([64, 20]), load("digits"), STRATEGIES["label_embedding"](10), epochs=1, checkpoint=folder / "run.safetensors", **QUIET)
+            train(
+                Network([64, 20]),
+                load("digits"),
+                STRATEGIES["label_embedding"](10),
+                epochs=1,
+                checkpoint=folder / "run.safetensors",
+                **QUIET,
+            )
         except ValueError as error:
             print(error)
             raise SystemExit(2) from None
@@ -205,6 +233,7 @@ def processes_at_one_checkpoint(folder, expected, processes=4):
         held.wait(60)
         time.sleep(1.0)
         free.set()
+
     ended = at_once([first, *[later] * (processes - 1), let_go])
     assert [code for code, _ in ended] == [0, *[2] * (processes - 1), 0], ended
     assert [p.name for p in folder.iterdir()] == ["run.safetensors"]
@@ -217,7 +246,7 @@ def half_written_last_line(folder, expected):
     in_child(run(folder))
     path = folder / "results" / "victim.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole + whole[:len(whole) // 2])
+    path.write_bytes(whole + whole[: len(whole) // 2])
     said = refused(folder, run(folder, 2))
     assert "victim.jsonl, line 2: damaged" in said
     path.write_bytes(whole)
@@ -227,21 +256,30 @@ def half_written_last_line(folder, expected):
 
 def checkpoint_of_another_version(folder, expected):
     "A setting that this version does not know stands in the checkpoint."
-    return foreign_checkpoint(folder, expected, lambda settings: settings | {"momentum_form": "nesterov"}, "momentum_form is 'nesterov' there, None here")
+    return foreign_checkpoint(
+        folder,
+        expected,
+        lambda settings: settings | {"momentum_form": "nesterov"},
+        "momentum_form is 'nesterov' there, None here",
+    )
 
 
 def checkpoint_of_another_network(folder, expected):
-    return foreign_checkpoint(folder, expected, lambda settings: settings | {"network": settings["network"].replace("32", "48")}, "network is")
+    return foreign_checkpoint(
+        folder, expected, lambda settings: settings | {"network": settings["network"].replace("32", "48")}, "network is"
+    )
 
 
 def foreign_checkpoint(folder, expected, change, words):
     from safetensors import safe_open
     from safetensors.torch import save_file
+
     path = folder / "results" / "checkpoints" / "victim-0.safetensors"
 
     def stopped():
         recipes.append_row = lambda *_, **__: os._exit(0)  # trained, and the row not yet written
         run(folder)()
+
     in_child(stopped)
     with safe_open(path, "pt") as f:
         header, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
@@ -257,9 +295,12 @@ def foreign_checkpoint(folder, expected, change, words):
 
 def stopped_with_workers(folder, expected):
     "A scheduler's SIGTERM to a command that has two worker processes: nobody goes on behind its back."
+
     def work():
         from concurrent.futures import ProcessPoolExecutor
+
         real = ProcessPoolExecutor.submit
+
         def submit(self, *arguments, **options):  # when both jobs are handed out, the signal comes
             done = real(self, *arguments, **options)
             submit.count += 1
@@ -267,10 +308,12 @@ def stopped_with_workers(folder, expected):
                 (folder / "pids").write_text(" ".join(map(str, self._processes)))
                 signal.setitimer(signal.ITIMER_REAL, 0.5)
             return done
+
         submit.count = 0
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         ProcessPoolExecutor.submit = submit
         cli.main(["run", "digits", "--seeds", "2", "--workers", "2", "--results", str(folder / "results")])
+
     code, said = in_child(work)
     assert code == 143, (code, said)
     for pid in (folder / "pids").read_text().split():
@@ -284,11 +327,14 @@ def stopped_with_workers(folder, expected):
 
 def fault_of_ours(folder, expected):
     "What is no user's fault ends with 1 and a traceback, and the checkpoint is still there."
+
     def work():
         def broken(*_, **__):
             return 1 / 0
+
         recipes.append_row = broken
         run(folder)()
+
     code, said = in_child(work)
     assert code == 1 and "ZeroDivisionError" in said and "Traceback" in said, (code, said)
     assert not rows_of(folder)
@@ -344,7 +390,15 @@ def main():
     expected, lines = undisturbed(), []
     for name in args.names or MISHAPS:
         outcome, said = stage(name, expected)
-        lines.append(dict(mishap=name, outcome=outcome, said=said, version=ff_research.__version__, time=datetime.now(timezone.utc).isoformat(timespec="seconds")))
+        lines.append(
+            dict(
+                mishap=name,
+                outcome=outcome,
+                said=said,
+                version=ff_research.__version__,
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+        )
         print(f"{outcome:8} {name}: {said}", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

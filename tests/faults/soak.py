@@ -5,6 +5,7 @@
 Every strategy is trained in turn on digits, with a checkpoint that is resumed once, and read out in every way that it has; a row
 is kept, read and looked up again. Each round writes one line: minutes, resident memory, open files, threads, networks trained so far.
 """
+
 import argparse
 import gc
 import json
@@ -64,8 +65,17 @@ def soak(minutes, write=print):
             (Path(folder) / "soak.jsonl").unlink()  # what a results file holds is not a leak
             seed += 1
             gc.collect()
-            write(dict(minutes=round((time.perf_counter() - start) / 60, 3), memory_mb=round(memory_mb(), 1), files=len(os.listdir("/proc/self/fd")),
-                       threads=threading.active_count(), trained=trained, torch=torch.__version__, version=ff_research.__version__))
+            write(
+                dict(
+                    minutes=round((time.perf_counter() - start) / 60, 3),
+                    memory_mb=round(memory_mb(), 1),
+                    files=len(os.listdir("/proc/self/fd")),
+                    threads=threading.active_count(),
+                    trained=trained,
+                    torch=torch.__version__,
+                    version=ff_research.__version__,
+                )
+            )
 
 
 def main():
@@ -75,12 +85,14 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = []
+
     def write(line):
         lines.append(line)
         print(json.dumps(line), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
     soak(args.minutes, write)
 
 
