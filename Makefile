@@ -49,7 +49,7 @@ faults: setup  ## kill runs, stage mishaps, feed hostile files, soak for an hour
 export: setup  ## write ff_research/ from the notebooks
 	@$(BIN)/nbdev_export
 
-execute: export  ## run the notebooks and store their outputs (NB=nbs/104_goodness.ipynb for one)
+execute: export  ## run the notebooks and store their outputs (NB=nbs/103_goodness.ipynb for one)
 	@for nb in $(NB); do echo "$$nb"; $(BIN)/python scripts/execute.py "$$nb" && $(BIN)/nbdev_clean --fname "$$nb" || exit 1; done
 
 # Quarto keeps filtered notebooks until they change, so a change in settings.ini has to touch them.

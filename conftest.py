@@ -1,7 +1,7 @@
 """pytest runs the chapters too: one item a notebook, executed by nbdev's own runner in one warm worker process.
 
 The worker is forked before anything imports torch, so that its threads and ours never meet, and it is started anew should a
-cell take it down. `pytest nbs/104_goodness.ipynb` runs one chapter; `--slow` adds the cells and the tests marked slow.
+cell take it down. `pytest nbs/103_goodness.ipynb` runs one chapter; `--slow` adds the cells and the tests marked slow.
 """
 
 import contextlib

@@ -11,28 +11,39 @@ import math
 import torch
 
 from .data import hold_out, validation_size
-from .goodness import hinton, sum_of_squares
-from .labels import check_room, labelled
-from .layers import Network, activities
-from .readout import _best, _split, _twin, per_label_goodness
+from .goodness import sum_of_squares
+from .network import Network
+from .objectives import hinton
+from .readout import best_class, goodness_under_labels, part_of, per_label_goodness, strategy_of
 from .training import Diverged, gammas, train
 
 # %% ../nbs/301_collaboration.ipynb #dd88daa4
 @torch.no_grad()
 def layer_goodness(
-    network, x, num_classes, *, goodness=sum_of_squares, precision="auto", device="auto", batch_size=500
+    network,
+    x,
+    num_classes,
+    *,
+    goodness=sum_of_squares,
+    strategy=None,
+    precision="auto",
+    device="auto",
+    batch_size=500,
 ):
     """Goodness of every image under every label in each layer, `[layers, images, classes]`.
 
-    x: images `[images, …]`; goodness: from `[rows, units]` to `[rows]`. Summed over layers it is `label_goodness`.
+    x: images `[images, …]`; goodness: from `[rows, units]` to `[rows]`; strategy: as in `label_goodness`, which is this
+    summed over layers.
     """
-    check_room(x[:1], num_classes)
-    twin, out = _twin(network, precision, device), []
-    where = next(twin.parameters()).device
-    candidates = torch.arange(num_classes, device=where)[:, None]
-    for part in x.split(batch_size):
-        rows = labelled(part.to(where), candidates.expand(-1, len(part)), num_classes)
-        out.append(torch.stack([goodness(h).view(num_classes, -1).T for h in activities(twin, rows, normalised=False)]))
+    found, out = [], []
+    strategy = strategy_of(network, strategy)
+
+    def see(height, h):
+        found.append(goodness(h.flatten(1)).view(num_classes, -1).T)
+
+    for _ in goodness_under_labels(network, x, num_classes, see, strategy, precision, device, batch_size):
+        out.append(torch.stack(found))
+        found.clear()
     return torch.cat(out, dim=1)
 
 # %% ../nbs/301_collaboration.ipynb #c71b59ac
@@ -42,14 +53,14 @@ def contributions(network, images, *, split="test", first=1, **options):
     Gives {"together": error, "alone": [error, …], "without": [error, …]}; without the only layer there is nothing: NaN.
     split: "test" or "train"; options as in `layer_goodness`. Meaningful for networks whose training contrasted labels.
     """
-    x, y = _split(images, split)
+    x, y = part_of(images, split)
     g = layer_goodness(network, x, images.num_classes, **options)[first - 1 :]
     if first < 1 or not len(g):
         raise ValueError(f"first={first}: the network has the layers 1…{len(network.layers)}")
     others = gammas(g.flatten(1), "all").view_as(g)
 
     def error(g):
-        return 100 * (_best(g, "the goodness") != y.to(g.device)).float().mean().item()
+        return 100 * (best_class(g, "the goodness") != y.to(g.device)).float().mean().item()
 
     return dict(
         together=error(g.sum(0)),

@@ -47,6 +47,16 @@ class Images:
         shape = " x ".join(map(str, self.shape))
         return f"Images({self.name}: {len(self.y_train)} training and {len(self.y_test)} test images, {shape}, {self.num_classes} classes, {self.x_train.device})"
 
+    def batches(self, batch_size, generator):
+        "The training part once, in a random order: images `[batch, …]`, labels `[batch]` and their places `[batch]`."
+        for rows in torch.randperm(len(self.y_train), generator=generator, device=generator.device).split(batch_size):
+            yield self.x_train[rows], self.y_train[rows], rows
+
+    def pieces(self):
+        "The training part once, in order and some 5,000 images at a time: images and labels."
+        for rows in torch.arange(len(self.y_train), device=self.y_train.device).tensor_split(-(-len(self.y_train) // 5000)):
+            yield self.x_train[rows], self.y_train[rows]
+
     def to(self, device):
         "The same images on another device."
         keys = ("x_train", "y_train", "x_test", "y_test")

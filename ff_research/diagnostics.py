@@ -13,8 +13,10 @@ import math
 import torch
 
 from .goodness import sum_of_squares
-from .layers import FFLinear, Network, hand_on, normalise, prepare
-from .readout import _twin, features, fit_ridge
+from .layers import FFLinear, hand_on, normalise, prepare
+from .network import Network, reading, ready, run_layer, twin, walk
+from .readout import features, fit_ridge
+from .streams import written_out
 
 # %% ../nbs/203_why.ipynb #470b9805
 def _samples(x, name, least=2):
@@ -218,7 +220,7 @@ def dead_units(h):
     return (_samples(h, "h") <= 0).all(0).double().mean().item()
 
 
-def _counted(layers):
+def counted(layers):
     "Directions and dead units of each layer, from a list of activities `[samples, units]`; lists by name."
     spectra = [_spectrum(h, f"the activity of layer {i}") for i, h in enumerate(layers, start=1)]
     return {
@@ -231,13 +233,17 @@ def _counted(layers):
 @torch.no_grad()
 def _asked(network, strategy, x, y, generator):
     "Goodness `(g_pos, g_neg)` in every layer, of positives and negatives that reach it as they do in training."
-    h, out = network.prepare(strategy.streams(x, y, network, generator)), []
-    for i, layer in enumerate(network.layers, start=1):
-        a = layer(h)
-        squares = sum_of_squares(a)
-        out.append(squares.chunk(2))
-        if i < len(network.layers):
-            h = strategy.between(hand_on(layer, h, a, squares), y, i, generator)
+    out = []
+
+    def visit(height, layer, xs, s, t):
+        h = run_layer(layer, xs, network.precision)
+        if t in network.read_at:
+            out.append(sum_of_squares(h.flatten(1)).chunk(2))
+        return h, hand_on(layer, h)
+
+    before = (lambda s, height: strategy.before(s, height, 1, generator)) if strategy.redraws else None
+    with reading(network):
+        walk(network, ready(network, strategy.streams(x, y, network, generator)), visit, before)
     return out
 
 # %% ../nbs/203_why.ipynb #acca7f0d
@@ -245,7 +251,9 @@ def _untrained(network, seed):
     "A network of the same shape as `seed` draws it, in float32 on the CPU; None where one of its layers cannot be drawn anew."
     if all(isinstance(layer, FFLinear) for layer in network.layers):
         return Network(
-            [network.layers[0].inputs, *(layer.units for layer in network.layers)], seed=seed, triangle=network.triangle
+            [network.layers[0].inputs, *(layer.units for layer in network.layers)],
+            seed=seed,
+            triangle=network.layers[0].triangle,
         )
     layers = copy.deepcopy(network.layers).float().cpu()
     with torch.random.fork_rng(devices=[]):
@@ -258,22 +266,17 @@ def _untrained(network, seed):
                 module.reset_parameters()
             else:
                 return None
-    return Network(list(layers))
+    return Network(list(layers), inputs=network.inputs)
 
 # %% ../nbs/203_why.ipynb #74f2e2ed
 @torch.no_grad()
 def _negatives(network, strategy, x, y, seed):
     "The part of `diagnose` that is about the negatives, as the first layer reads them, and as an untrained network does."
-    inputs, generator, read = (
-        getattr(network.layers[0], "inputs", None),
-        torch.Generator(x.device).manual_seed(seed),
-        [],
-    )
+    generator, read = torch.Generator(x.device).manual_seed(seed), []
     for _ in range(2):
-        both = prepare(
-            copy.deepcopy(strategy).streams(x, y, network, generator), inputs, torch.float32, network.triangle
-        )
-        read.append((both if isinstance(both, torch.Tensor) else both.dense()).flatten(1).chunk(2))
+        s = copy.deepcopy(strategy).streams(x, y, network, generator)
+        rows = prepare(s.x, None, torch.float32, network.inputs)
+        read.append(written_out(rows).flatten(1).chunk(2))
     (x_pos, x_neg), (_, again) = read
     out = {
         "two_sample_error": two_sample_error(x_pos, x_neg, seed),
@@ -282,8 +285,8 @@ def _negatives(network, strategy, x, y, seed):
     }
     fresh, anew = _untrained(network, seed), copy.deepcopy(strategy)
     if fresh is not None:
-        fresh = fresh.to(x.device, next(network.parameters()).dtype)
-        anew.begin(fresh)
+        fresh = twin(fresh, network.precision, x.device)
+        anew.begin(fresh, x[:2])
     return out | {
         "hardness_untrained": None
         if fresh is None
@@ -308,16 +311,16 @@ def diagnose(network, images, strategy, *, seed=0, samples=2000, precision="auto
         raise ValueError(
             f"{len(x)} test images and {len(y)} labels to read: expected as many labels as images, and at least 4"
         )
-    twin = _twin(network, precision, device)
-    x, y = (t.to(next(twin.parameters()).device) for t in (x, y))
+    read = twin(network, precision, device)
+    x, y = (t.to(read.device) for t in (x, y))
     classes = strategy.num_classes if getattr(strategy, "contrasts_labels", False) else None
-    seen = features(twin, x, classes, precision=precision, device=device)
-    layers = _counted(seen)
+    seen = features(read, x, classes, precision=precision, device=device)
+    layers = counted(seen)
     if not getattr(strategy, "has_negatives", False):
         return {"negatives": None, "layers": dict.fromkeys(_OF_GOODNESS) | layers}
-    negatives = _negatives(twin, strategy, x, y, seed)
+    negatives = _negatives(read, strategy, x, y, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
-    goodness = _asked(twin, copy.deepcopy(strategy), x, y, generator)
+    goodness = _asked(read, copy.deepcopy(strategy), x, y, generator)
     return {
         "negatives": negatives,
         "layers": {name: [measure(*g) for g in goodness] for name, measure in _OF_GOODNESS.items()} | layers,

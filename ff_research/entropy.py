@@ -9,7 +9,8 @@ __all__ = ['functional_entropy', 'entropy_parts', 'entropy_loss', 'entropic', 'l
 import torch
 
 from .collaboration import contributions, layer_goodness
-from .goodness import GoodnessObjective, sum_of_squares
+from .goodness import sum_of_squares
+from .objectives import GoodnessObjective
 
 # %% ../nbs/302_entropy.ipynb #e1bedec8
 def _non_negative(h):

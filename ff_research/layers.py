@@ -11,15 +11,13 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .data import as_float
-from .goodness import sum_of_squares
-from .labels import Labelled
+from .goodness import EPS, sum_of_squares
+from .streams import Rows, written_out
 
 # %% ../nbs/106_layers.ipynb #b49e1572
-EPS = 1e-8
-
-
 def normalise(h, squares=None, out=None):
     """Divide each row of `[batch, units]` by its root mean square, so that its goodness says nothing to the next layer.
 
@@ -33,35 +31,21 @@ def normalise(h, squares=None, out=None):
 
 # %% ../nbs/106_layers.ipynb #7e529bd4
 def product(x, weight, bias, out=None):
-    """`x @ weight.T + bias` for inputs `[batch, inputs]`, or for `Labelled` with one product over the shared pixels.
+    """`x @ weight.T + bias` for inputs `[rows, inputs]`, or for `Rows`, which share what they can.
 
-    Gives `[streams x batch, units]`, written into `out` where that is given.
+    Gives `[rows, units]`, written into `out` where that is given.
     """
-    if isinstance(x, torch.Tensor):
-        return torch.addmm(bias, x, weight.t(), out=out)
-    if not isinstance(x, Labelled):
-        return x.product(weight, bias, out)
-    streams, batch, classes = x.patterns.shape
-    shared = torch.addmm(bias, x.pixels, weight.t()).expand(streams, -1, -1)
-    columns = weight[:, :classes].t().expand(streams, -1, -1)
-    z = torch.baddbmm(shared, x.patterns, columns, out=None if out is None else out.view(streams, batch, -1))
-    return z.flatten(0, 1)
+    return x.product(weight, bias, out) if isinstance(x, Rows) else torch.addmm(bias, x, weight.t(), out=out)
 
 # %% ../nbs/106_layers.ipynb #26c73887
 def add_product_gradient(dz, x, total, keep=0.0):
     """Replace `total` `[units, inputs]` by `keep * total + dz.T @ x`, the weight gradient of `product`, in place.
 
-    dz: gradient of the loss in the product `[streams x batch, units]`.
+    dz: gradient of the loss in the product `[rows, units]`.
     """
-    if isinstance(x, torch.Tensor):
-        return torch.addmm(total, dz.t(), x, beta=keep, out=total)
-    if not isinstance(x, Labelled):
+    if isinstance(x, Rows):
         return x.add_product_gradient(dz, total, keep)
-    streams, batch, classes = x.patterns.shape
-    shared = dz.view(streams, batch, -1).sum(0)
-    torch.addmm(total, shared.t(), x.pixels, beta=keep, out=total)
-    total[:, :classes] += dz.t() @ x.patterns.view(streams * batch, classes)
-    return total
+    return torch.addmm(total, dz.t(), x, beta=keep, out=total)
 
 # %% ../nbs/106_layers.ipynb #55d3e615
 class _FullGradientReLU(torch.autograd.Function):
@@ -76,27 +60,167 @@ class _FullGradientReLU(torch.autograd.Function):
         return grad
 
 # %% ../nbs/106_layers.ipynb #57ab78e9
-class FFLinear(nn.Module):
-    """A fully connected Forward-Forward layer: h = ReLU(W x + b).
+class Layer(nn.Module):
+    """A layer that learns alone. A subclass has `forward`, and `hand_on` where the default does not fit.
 
-    forward takes inputs `[batch, inputs]` (or `Labelled`) and gives the activity `[batch, units]`, not yet normalised.
-    full_gradient: pass the gradient through inactive units (Hinton's Matlab code); with squared goodness it changes peer normalisation only.
-    triangle: what `hand_on` gives the next layer; the activity, which the goodness is read from, stays as it is.
-    Weights start as N(0, 1/units), biases at 0, so that an input of root mean square 1 gives a goodness near inputs/2.
+    Any other `nn.Module` from inputs to an activity can be a layer, too: it reads the layer below and hands on its activity
+    normalised. reads: what `forward` gets, one tensor for each entry: -1 is what the layer below hands on (0 below the first
+    is the input), -2 the one below that; a name is an input by that name; with iterations, 0 is the layer's own activity and
+    +1 what the layer above hands on, both one iteration ago (None in the first). units: the number of units or channels of
+    its activity, which some objectives ask for.
     """
 
-    def __init__(self, inputs, units, full_gradient=False, generator=None, triangle=False):
+    reads = (-1,)
+
+    def hand_on(self, h):
+        "What other layers read, from the activity that `forward` gave; without parameters, buffers or randomness."
+        return normalise(h)
+
+
+def reads_of(layer):
+    "What a layer reads, a tuple; see `Layer`."
+    reads = getattr(layer, "reads", (-1,))
+    return tuple(reads) if isinstance(reads, (tuple, list)) else (reads,)
+
+
+def hand_on(layer, h, power=1):
+    """What other layers read of a layer, from its activity.
+
+    power: raise it to that power before it is brought to scale, which only read-outs do. Source of the power: Journé et al.
+    (2023, code).
+    """
+    own = getattr(layer, "hand_on", normalise)
+    if power == 1:
+        return own(h)
+    return own(h, power) if isinstance(layer, FFLinear) else normalise(own(h) ** power)
+
+
+def units_of(layer):
+    "The number of units or channels of a layer's activity. Raises ValueError for a layer that does not say it."
+    units = getattr(layer, "units", None)
+    if not isinstance(units, int):
+        raise ValueError(
+            f"{type(layer).__name__} needs an attribute `units`, the number of units (or channels) of its activity, "
+            "for an objective that has weights or averages of its own for each"
+        )
+    return units
+
+
+class FFLinear(Layer):
+    """A fully connected Forward-Forward layer: h = ReLU(W x + b).
+
+    forward takes inputs `[rows, inputs]` (feature maps are flattened; `Rows` share what they can) and gives the activity
+    `[rows, units]`, not yet normalised. full_gradient: pass the gradient through inactive units (Hinton's Matlab code); with
+    squared goodness it changes peer normalisation only. triangle: hand on what lies above the row's mean (`above_mean`),
+    standardised; the activity, which the goodness is read from, stays as it is. Weights start as N(0, 1/units), biases at 0,
+    so that an input of root mean square 1 gives a goodness near inputs/2.
+    """
+
+    flat = True
+
+    def __init__(self, inputs, units, full_gradient=False, generator=None, triangle=False, reads=(-1,)):
         super().__init__()
         self.inputs, self.units, self.full_gradient, self.triangle = inputs, units, full_gradient, triangle
+        self.reads = tuple(reads)
         self.weight = nn.Parameter(torch.randn(units, inputs, generator=generator) / math.sqrt(units))
         self.bias = nn.Parameter(torch.zeros(units))
 
     def extra_repr(self):
-        return f"{self.inputs}, {self.units}, full_gradient={self.full_gradient}{', triangle=True' * self.triangle}"
+        more = ", triangle=True" * self.triangle + f", reads={self.reads}" * (self.reads != (-1,))
+        return f"{self.inputs}, {self.units}, full_gradient={self.full_gradient}{more}"
 
-    def forward(self, x):
-        z = product(x, self.weight, self.bias)
-        return _FullGradientReLU.apply(z) if self.full_gradient else z.relu()
+    def rows(self, *xs):
+        "The inputs as `[rows, inputs]`, several side by side. Raises ValueError for another number of inputs."
+        x = xs[0] if len(xs) == 1 else torch.cat([written_out(x).flatten(1) for x in xs], 1)
+        numbers = x.shape[1:].numel()
+        if numbers != self.inputs:
+            raise ValueError(f"{type(self).__name__} takes {self.inputs} inputs, but what it reads has {numbers} a row")
+        return x if isinstance(x, Rows) else x.flatten(1).to(self.weight.dtype)
+
+    def forward(self, *xs):
+        z = product(self.rows(*xs), self.weight, self.bias)
+        h = _FullGradientReLU.apply(z) if self.full_gradient else z.relu()
+        if self.triangle:
+            h.above = above_mean(z)  # what `hand_on` needs beside h
+        return h
+
+    def hand_on(self, h, power=1):
+        if not self.triangle:
+            return normalise(h if power == 1 else h**power)
+        return standardise(h.above if power == 1 else h.above**power)
+
+
+class FFConv(Layer):
+    """A convolutional Forward-Forward layer: convolution, ReLU, then pooling and batch normalisation where asked for.
+
+    forward takes feature maps `[rows, inputs, height, width]` (several are joined along the channels) and gives the activity
+    `[rows, channels, height, width]`. pool: side of the max-pooling windows, 0 for none. norm: None hands on each row divided
+    by its root mean square; "batch" normalises the activity itself (BatchNorm), before its goodness is read, and hands it on
+    as it is; "channel" hands on each channel of each row with mean 0 and variance 1. groups: of channels that see each other
+    only. dropout: share of activities set to 0 while learning. Weights start as N(0, 2 / (inputs/groups * kernel^2)), biases
+    at 0: an input of root mean square 1 gives an activity of about the same, whatever the depth.
+    """
+
+    def __init__(
+        self, inputs, channels, kernel=3, *, stride=1, pool=0, groups=1, norm=None, dropout=0.0, reads=(-1,), generator=None
+    ):
+        super().__init__()
+        if norm not in (None, "batch", "channel"):
+            raise ValueError(f"norm={norm!r}: expected None, 'batch' or 'channel'")
+        if inputs % groups or channels % groups:
+            raise ValueError(f"groups={groups} must divide the {inputs} input channels and the {channels} channels")
+        self.inputs_channels, self.units, self.pool, self.norm, self.dropout = inputs, channels, pool, norm, dropout
+        self.reads = tuple(reads)
+        self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding=(kernel - 1) // 2, groups=groups)
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2 * groups / (inputs * kernel**2)), generator=generator)
+        nn.init.zeros_(self.conv.bias)
+        self.batch_norm = nn.BatchNorm2d(channels) if norm == "batch" else None
+
+    def extra_repr(self):
+        return f"pool={self.pool}, norm={self.norm}, dropout={self.dropout}, reads={self.reads}"
+
+    def forward(self, *xs):
+        x = xs[0] if len(xs) == 1 else torch.cat([written_out(x) for x in xs], 1)
+        if len(x.shape) != 4 or x.shape[1] != self.inputs_channels:
+            raise ValueError(
+                f"FFConv takes [rows, {self.inputs_channels}, height, width], but what it reads is {list(x.shape)}"
+            )
+        h = F.dropout(self.conv(x).relu(), self.dropout, self.training)
+        if self.pool and min(h.shape[2:]) < self.pool:
+            raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")
+        h = F.max_pool2d(h, self.pool) if self.pool else h
+        return h if self.batch_norm is None else self.batch_norm(h)
+
+    def hand_on(self, h):
+        if self.norm == "batch":
+            return h
+        return F.instance_norm(h) if self.norm == "channel" else normalise(h)
+
+
+class Merge(Layer):
+    """A skip connection: adds what it reads ("add"), or joins it along the channels ("cat"); has no weights and learns nothing.
+
+    Feature maps of different sizes are averaged down to the smallest, whose side must divide the others.
+    """
+
+    def __init__(self, reads, how="add"):
+        super().__init__()
+        if how not in ("add", "cat"):
+            raise ValueError(f"how={how!r}: expected 'add' or 'cat'")
+        self.reads, self.how = tuple(reads), how
+
+    def extra_repr(self):
+        return f"reads={self.reads}, how={self.how!r}"
+
+    def forward(self, *xs):
+        xs = [written_out(x) for x in xs]
+        if xs[0].ndim == 4:
+            side = min(x.shape[-1] for x in xs)
+            xs = [F.avg_pool2d(x, x.shape[-1] // side) if x.shape[-1] > side else x for x in xs]
+        return sum(xs) if self.how == "add" else torch.cat(xs, 1)
+
+    def hand_on(self, h):
+        return h
 
 # %% ../nbs/106_layers.ipynb #fb7ba18e
 def standardise(h, out=None):
@@ -108,159 +232,21 @@ def above_mean(z):
     "ReLU(z - mean of z) of each row `[batch, units]`, the triangle activity. Source: Coates et al. (2011); Chen et al. (2025)."
     return (z - z.mean(-1, keepdim=True)).relu()
 
-
-def hand_on(layer, x, h, squares=None, power=1):
-    """What the next layer reads of a layer, from its inputs x and its activity h `[batch, units]`: h, normalised.
-
-    Of an `FFLinear` with `triangle` it is `above_mean` of the product, standardised. squares: h's sums of squares, where known.
-    power: raise either to it before it is brought to scale, which only read-outs do. Source of the power: Journé et al. (2023, code).
-    """
-    if not getattr(layer, "triangle", False):
-        return normalise(h, squares) if power == 1 else normalise(h**power)
-    t = above_mean(product(x, layer.weight, layer.bias))
-    return standardise(t if power == 1 else t**power)
-
-# %% ../nbs/106_layers.ipynb #80dbdac1
-class PeerNormalisation(nn.Module):
-    """A penalty that keeps any unit from being much more, or less, active on average than its peers.
-
-    m <- momentum * m + (1 - momentum) * (mean activity over the positives); the penalty is
-    `weight * mean_j (mean(m) - m_j)^2`. m starts at 0.5. Source: Hinton (2022), section 3.2; Loewe (2023), code.
-    """
-
-    def __init__(self, units, weight=0.03, momentum=0.9):
-        super().__init__()
-        self.weight, self.momentum = weight, momentum
-        self.register_buffer("mean", torch.full((units,), 0.5))
-
-    def extra_repr(self):
-        return f"weight={self.weight}, momentum={self.momentum}"
-
-    def forward(self, mean):
-        "mean: activity of each unit averaged over the positives of a batch `[units]`, with gradient. Gives a scalar."
-        m = self.momentum * self.mean + (1 - self.momentum) * mean
-        self.mean.copy_(m.detach())
-        return self.weight * (m.mean() - m).square().mean()
-
 # %% ../nbs/106_layers.ipynb #1ef1ac43
-def prepare(x, inputs=None, dtype=torch.float32, standard=False):
-    """Inputs of a first layer from images `[batch, …]` or `Labelled`: floats with root mean square 1 in each image.
+SCALINGS = {"normalised": normalise, "standardised": standardise, "plain": lambda x: x}
 
-    inputs: flatten the images and demand this many pixels; None keeps their shape. standard: take each image's mean off first.
-    Raises ValueError where they do not fit.
+
+def prepare(x, inputs=None, dtype=torch.float32, how="normalised"):
+    """Inputs of a first layer from images `[rows, …]` or `Rows`: floats, each row brought to scale.
+
+    inputs: flatten the images and demand this many pixels; None keeps their shape. how: "normalised", root mean square 1 in
+    each row; "standardised", the row's mean is taken off first; "plain", as they are. Raises ValueError where they do not fit.
     """
-    if not isinstance(x, (torch.Tensor, Labelled)):
-        return x.prepare(inputs, dtype, standard)
-    pixels = as_float(x.pixels if isinstance(x, Labelled) else x, dtype)
-    if inputs is not None:
-        shape, pixels = list(pixels.shape[1:]), pixels.flatten(1)
-        if pixels.shape[1] != inputs:
-            raise ValueError(
-                f"images {shape} have {pixels.shape[1]} pixels, but the network's first layer takes {inputs}"
-            )
-    if not isinstance(x, Labelled):
-        return (standardise if standard else normalise)(pixels.flatten(1)).view_as(pixels)
-    pattern = x.patterns[0].to(dtype)
-    if standard:
-        pixels = pixels - (pixels.sum(1, keepdim=True) + pattern.sum(1, keepdim=True)) / pixels.shape[1]
-    squares = sum_of_squares(pixels) + (pattern * (pattern + 2 * pixels[:, : pattern.shape[1]])).sum(
-        1, dtype=torch.float32
-    )
-    scale = (squares / pixels.shape[1] + EPS).rsqrt_().to(dtype).unsqueeze(-1)
-    return Labelled(pixels * scale, x.patterns.to(dtype) * scale)
-
-# %% ../nbs/106_layers.ipynb #7075be14
-def _linear_layers(widths, seed, **options):
-    "Fully connected layers with the given numbers of inputs and units, their weights drawn from a generator of their own."
-    if len(widths) < 2 or not all(isinstance(w, int) and w > 0 for w in widths):
+    if inputs is not None and x.shape[1:].numel() != inputs:
         raise ValueError(
-            f"widths {widths!r}: expected the number of inputs, then of units of each layer, all positive integers"
+            f"images {list(x.shape[1:])} have {x.shape[1:].numel()} pixels, but the network's first layer takes {inputs}"
         )
-    generator = torch.Generator().manual_seed(seed)
-    return [FFLinear(a, b, generator=generator, **options) for a, b in zip(widths, widths[1:])]
-
-# %% ../nbs/106_layers.ipynb #f2837f04
-def _written_out(layer, args):
-    "Before a user's own layer: it need not know of `Labelled`."
-    return tuple(x if isinstance(x, torch.Tensor) else x.dense() for x in args)
-
-
-def _flat(layer, args, out):
-    "After a user's own layer: its activity as `[batch, units]`."
-    out = out.flatten(1)
-    if out.shape[1] != layer.units:
-        raise ValueError(
-            f"{type(layer).__name__} gives {out.shape[1]} numbers for each image, but its `units` says {layer.units}"
-        )
-    return out
-
-
-def _own_layers(layers):
-    "Checked layers for a `Network`, modules from inputs to activity."
-    for layer in layers:
-        if not isinstance(getattr(layer, "units", None), int):
-            raise ValueError(
-                f"{type(layer).__name__}: a layer needs an attribute `units`, the number of activities it gives for each image"
-            )
-    for below, layer in zip(layers, layers[1:]):
-        if isinstance(layer, FFLinear) and layer.inputs != below.units:
-            raise ValueError(
-                f"{layer} takes {layer.inputs} inputs, but the layer below it, {type(below).__name__}, has {below.units} units"
-            )
-    for layer in layers:
-        if (
-            not isinstance(layer, FFLinear) and _flat not in layer._forward_hooks.values()
-        ):  # a layer may be in several networks
-            layer.register_forward_pre_hook(_written_out)
-            layer.register_forward_hook(_flat)
-    return layers
-
-# %% ../nbs/106_layers.ipynb #969ba4f4
-class Network(nn.Module):
-    """Layers that each learn alone. `Network([784, 1000, 1000])` has two fully connected layers.
-
-    widths: number of inputs, then of units of each layer; or a list of layers, modules from inputs to a non-negative
-    activity `[batch, units]` with an attribute `units`. Raises ValueError where widths or layers do not fit together.
-    seed: draws the weights from a generator of its own and leaves torch's global one alone.
-    peer: weight of peer normalisation in each layer (0: none); full_gradient: see `FFLinear`; triangle: layers hand on what
-    lies above the mean (`hand_on`), and take each image's mean off; not for layers of one's own.
-    """
-
-    def __init__(self, widths, seed=0, peer=0.0, full_gradient=False, triangle=False):
-        super().__init__()
-        own = len(widths) > 0 and all(isinstance(w, nn.Module) for w in widths)
-        if own and triangle:
-            raise ValueError("triangle=True is for fully connected layers, given by their widths")
-        options = dict(full_gradient=full_gradient, triangle=triangle)
-        self.layers = nn.ModuleList(_own_layers(list(widths)) if own else _linear_layers(list(widths), seed, **options))
-        self.triangle = getattr(self.layers[0], "triangle", False)  # of layers that are given, too
-        self.peers = nn.ModuleList(PeerNormalisation(layer.units, peer) for layer in self.layers) if peer else None
-        self.objectives = nn.ModuleList()
-
-    def prepare(self, x):
-        "Inputs of the first layer from images, in the precision of its weights; see `prepare`."
-        return prepare(x, getattr(self.layers[0], "inputs", None), next(self.parameters()).dtype, self.triangle)
-
-    def forward(self, x):
-        "What the last layer hands on, its activity normalised, for images `[batch, …]` or `Labelled`; gradients pass through all layers."
-        x = self.prepare(x)
-        for layer in self.layers:
-            x = hand_on(layer, x, layer(x))
-        return x
-
-# %% ../nbs/106_layers.ipynb #ea932a1c
-@torch.no_grad()
-def activities(network, x, normalised=True, power=1):
-    """The activity of every layer `[batch, units]` for images `[batch, …]` or `Labelled`, as a list; without gradient.
-
-    normalised: as the next layer reads it, but raised to `power` (`hand_on`), which does not change what that layer reads; False: as it is.
-    Raises ValueError for a power without normalisation, which would be left out.
-    """
-    if power != 1 and not normalised:
-        raise ValueError(f"power={power} is for activities that are brought to scale; take normalised=True")
-    x, out = network.prepare(x), []
-    for layer in network.layers:
-        h = layer(x)
-        below, x = x, hand_on(layer, x, h)
-        out.append(h if not normalised else x if power == 1 else hand_on(layer, below, h, power=power))
-    return out
+    if isinstance(x, Rows):
+        return x.prepare(how, SCALINGS[how], dtype, flat=inputs is not None)
+    rows = as_float(x, dtype).flatten(1)
+    return SCALINGS[how](rows) if inputs is not None else SCALINGS[how](rows).view(x.shape)

@@ -9,11 +9,11 @@ __all__ = ['CHANGES', 'readings', 'sensitivity', 'reach_row']
 import torch
 
 from .data import as_float
-from .diagnostics import _counted
+from .diagnostics import counted
 from .readout import features
 from .strategies import blur_matrix
 from .checks import one_of
-from .transfer import _asked_for, _label_pixels, _named, _ridge_errors, _seen
+from .transfer import asked_for, label_pixels, named_targets, ridge_errors, seen_by
 
 # %% ../nbs/402_reach.ipynb #fc80be13
 def _joined(raw):
@@ -33,15 +33,15 @@ def readings(network, target, *, neutral_label, layers=None, shape=None, precisi
     normalised, on images without any label. layers: names to read, None for all: "layer_1", …; with three or more also "layers_1_to_L" and
     "layers_2_to_L", side by side. A layer that is constant on the target has the error None. Arguments as in `transfer_errors`; raises ValueError for images that do not fit, for NaN, and for unknown layers.
     """
-    target = _seen(network, target, shape)
-    classes, out = _label_pixels(neutral_label, target), {}
+    target = seen_by(network, target, shape)
+    classes, out = label_pixels(neutral_label, target), {}
     conventions = {"usual": (classes, True), "length": (classes, False), "plain": (None, True)}
     for name, (label, normalised) in list(conventions.items())[: 2 if classes is None else 3]:
         train, test = (
             _joined(features(network, x, label, normalised=normalised, precision=precision, device=device))
             for x in (target.x_train, target.x_test)
         )
-        out[name] = _ridge_errors(_asked_for({key: (train[key], test[key]) for key in train}, layers), target)
+        out[name] = ridge_errors(asked_for({key: (train[key], test[key]) for key in train}, layers), target)
     return out
 
 # %% ../nbs/402_reach.ipynb #25b2116a
@@ -100,14 +100,14 @@ def reach_row(
     Raises ValueError as `readings` does, and for two targets of one name.
     """
     out = {}
-    for name, target in _named(targets).items():
-        target = _seen(network, target, source_shape)
+    for name, target in named_targets(targets).items():
+        target = seen_by(network, target, source_shape)
         x, classes, where = (
             target.x_test[:samples],
-            _label_pixels(neutral_label, target),
+            label_pixels(neutral_label, target),
             dict(precision=precision, device=device),
         )
-        inside = _counted(features(network, x, classes, **where))
+        inside = counted(features(network, x, classes, **where))
         moved = {change: sensitivity(network, x, change, classes, seed=seed, **where) for change in CHANGES}
         out[name] = {
             "errors": readings(network, target, neutral_label=neutral_label, layers=layers, **where),

@@ -42,24 +42,20 @@ from .cka import compare
 from .data import as_float, centred, hold_out, load, validation_size
 from .diagnostics import diagnose
 from .entropy import entropic, goodness_parts, log_goodness, stream_entropy
-from .goodness import hinton, sum_of_squares, swish_symba, symba
+from .backprop import train_backprop
+from .goodness import sum_of_squares
 from .labels import wrong_labels
-from .layers import Network
+from .network import Network
+from .objectives import hinton, swish_symba, symba
+from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .pretext import PRETEXTS, pretext
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
 from .reach import reach_row
 from .results import append_row, latest, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
 from .transfer import fine_tune, refit, transfer_row
-from ff_research.training import (
-    COLLABORATIONS,
-    LR_SCHEDULES,
-    OPTIMIZERS,
-    SCHEDULES,
-    Diverged,
-    train,
-    train_backprop,
-)
+from .schedules import SCHEDULES
+from .training import COLLABORATIONS, Diverged, train
 
 # %% ../nbs/901_recipes.ipynb #81522fb9
 OBJECTIVES = {"hinton": hinton, "symba": symba, "swish_symba": swish_symba, "entropic": entropic}
@@ -715,7 +711,6 @@ def _network(recipe, images, seed=0):
     return Network(
         [images.num_pixels, *recipe.widths],
         seed=seed,
-        peer=recipe.peer,
         full_gradient=recipe.full_gradient,
         triangle=recipe.triangle,
     )
@@ -754,6 +749,7 @@ def _fit(recipe, network, images, seed, checkpoint=None, progress=False, after_e
         images,
         strategy,
         objective=objective,
+        peer=recipe.peer,
         schedule=recipe.schedule,
         collaboration=recipe.collaboration,
         **shared,

@@ -11,27 +11,30 @@ import time
 
 import torch
 
-from .layers import Network, prepare
+from .checks import PRECISIONS
+from .learners import Workspace, learner_of
+from .network import Network, ready
 from .strategies import STRATEGIES
-from .training import PRECISIONS, Workspace, _in_passing, _Learner
+from .training import Meter, Step, as_read
 
 # %% ../nbs/704_speed.ipynb #f6ee81a3
-def _one_step(widths, batch_size, dtype, num_classes):
+def _one_step(widths, batch_size, precision, num_classes):
     "A function that makes one whole training step: a batch drawn, negatives, every layer's products, losses, optimisers."
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (8 * batch_size, 1, 1, widths[0]), dtype=torch.uint8, generator=generator)
     y = torch.randint(0, num_classes, (len(x),), generator=generator)
     network, strategy, workspace = Network(list(widths)), STRATEGIES["label_embedding"](num_classes), Workspace()
-    learners = [
-        _Learner(layer, strategy.objective(layer.units), None, "sgd", 1e-4, 3e-4, dtype, workspace)
-        for layer in network.layers
-    ]
+    learners = {
+        height: learner_of(layer, strategy.objective(layer, height), "sgd", 1e-4, 3e-4, precision, workspace=workspace)
+        for height, layer in enumerate(network.layers, start=1)
+    }
+    asked, meter = as_read(network, learners, precision), Meter(list(learners), torch.device("cpu"))
+    one = Step(asked, learners)
+    one.prepare(list(learners), dict.fromkeys(learners, 1.0), None, lambda i, *given: meter.add(i - 1, *given))
 
     def step():
         batch = torch.randint(0, len(x), (batch_size,), generator=generator)
-        h = prepare(strategy.streams(x[batch], y[batch], network, generator), widths[0], dtype)
-        for _ in _in_passing(learners, h, y[batch], 1.0, strategy, generator):
-            pass
+        one(ready(asked, strategy.streams(x[batch], y[batch], asked, generator)))
 
     return step
 
@@ -61,7 +64,7 @@ def step_against_products(
     """
     dtype = PRECISIONS[precision]
     step, products, times = (
-        _one_step(widths, batch_size, dtype, num_classes),
+        _one_step(widths, batch_size, precision, num_classes),
         _bare_products(widths, batch_size, dtype),
         [],
     )

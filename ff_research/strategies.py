@@ -12,38 +12,39 @@ __all__ = ['STRATEGIES', 'TEN', 'Strategy', 'register', 'make_strategy', 'LabelE
 # %% ../nbs/201_strategies.ipynb #ef114e44
 import functools
 import inspect
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .data import as_float
-from .goodness import GoodnessObjective, hinton, mean_of_squares
-from .labels import check_labels, labelled, neutral, overlay, wrong_labels
-from .layers import activities, normalise, standardise
 from .checks import one_of
+from .data import as_float
+from .goodness import mean_of_squares
+from .labels import check_labels, labelled, neutral, overlay, wrong_labels
+from .layers import normalise, units_of
+from .network import activities, reading, run_layer
+from .objectives import GoodnessObjective, LabelObjective, ProjectionObjective, default_objective
+from .streams import Paired, Streams
 
 
 # %% ../nbs/201_strategies.ipynb #bc8f60f7
-class Strategy:
-    """How positives and negatives are made. Subclass it and give `name`, `create_positive` and `generate`.
+class Strategy(nn.Module):
+    """How positives and negatives are made. Subclass it and give `name`, `create_positive` and `generate`; no more is needed.
 
-    contrasts_labels: whether training contrasts right with wrong labels, so that labels can be read out of the goodness
-    (`per_label_goodness` means something for these only). has_negatives: whether there are any. redraws_between: whether
-    a layer's input is more than the activity of the layer below; many_negatives: whether an image has several at once, and `generate`
-    gives one of them. A strategy with either of the two trains all layers together, never greedily.
-    Options of your own belong into `__init__` and under their names into `self`: they are printed, and checkpoints compare them.
+    contrasts_labels: whether `create_positive` writes the label into the image and training contrasts right with wrong ones,
+    so that labels can be read out of the goodness (read-out A means something for these only). has_negatives: whether there
+    are any. many_negatives: whether an image has several at once, of which `generate` gives one. Options of your own belong into `__init__` and under their names into `self`: they are printed, and checkpoints
+    compare them. What the strategy itself learns is a parameter or a buffer, and is saved and resumed with it.
     """
 
     name = None
     contrasts_labels = False
     has_negatives = True
-    redraws_between = False
     many_negatives = False
 
     def __init__(self, num_classes):
+        super().__init__()
         self.num_classes = num_classes
 
     def create_positive(self, x, y):
@@ -51,28 +52,45 @@ class Strategy:
         raise NotImplementedError(f"{type(self).__name__} has no create_positive(x, y)")
 
     def generate(self, x, y, network=None, generator=None):
-        "Negatives for the same images and labels, drawn anew at each call: floats of the same shape."
+        "Negatives for the same images and labels, drawn anew at each call: floats of the same shape; None: there are none."
         raise NotImplementedError(f"{type(self).__name__} has no generate(x, y, network, generator)")
 
     def streams(self, x, y, network=None, generator=None):
-        "What the first layer reads: positives, then negatives, in one batch. Override it where the two share work."
-        positive = self.create_positive(x, y)
-        return torch.cat([positive, self.generate(x, y, network, generator)]) if self.has_negatives else positive
+        "The `Streams` of one step: positives, then negatives. Override it where the two share work, or where there are more."
+        positive, negative = self.create_positive(x, y), negatives_of(self, x, y, network, generator)
+        rows = positive if negative is None else torch.cat([positive, negative])
+        return Streams(rows, y, (len(positive),) if negative is None else (len(positive), len(negative)))
 
-    def between(self, h, y, layer, generator=None):
-        "What the next layer reads, from the normalised activity `[2 x batch, units]` of `layer` (counted from 1). Override it to draw new negatives there."
-        return h
+    def write(self, x, labels=None):
+        """`Streams` of images under candidate labels `[k, batch]`, which read-out A compares; None where labels mean nothing.
 
-    def objective(self, units, layer=1):
-        "A new local objective for a layer with so many units; layers count from 1."
-        return hinton()
+        Without labels: what a probe reads, the image under the neutral label (the mean over all labels) or the plain image.
+        """
+        if not self.contrasts_labels:
+            return Streams(as_float(x), None, (len(x),)) if labels is None else None
+        if labels is not None:
+            return Streams(torch.cat([self.create_positive(x, y) for y in labels]), None, (len(x),) * len(labels))
+        every = (torch.full((len(x),), label, device=x.device) for label in range(self.num_classes))
+        return Streams(sum(self.create_positive(x, y) for y in every) / self.num_classes, None, (len(x),))
 
-    def begin(self, network):
-        "Called once before each training: build here what the strategy itself learns."
+    def before(self, s, height, top, generator):
+        """The streams that the layer at `height` (from 1) reads, from those that the layer below it hands on.
 
-    def tensors(self):
-        "What the strategy itself learns, by name; kept in checkpoints."
-        return {}
+        Override it to draw new negatives there. top: the lowest layer that learns at this time.
+        """
+        return s
+
+    def objective(self, layer, depth):
+        "A new local objective for a layer, `depth` counts from 1; None for one that has nothing to learn."
+        return default_objective(layer)
+
+    def begin(self, network, x):
+        "Called once before each training, with a few images: build here what the strategy itself learns."
+
+    @property
+    def redraws(self):
+        "Whether layers read more than what the layer below hands on: `before` is overridden."
+        return type(self).before is not Strategy.before
 
     def __repr__(self):
         options = [
@@ -81,6 +99,16 @@ class Strategy:
             if key != "num_classes" and hasattr(self, key)
         ]
         return f"{type(self).__name__}({', '.join([str(self.num_classes), *options])})"
+
+
+def negatives_of(strategy, x, y, network=None, generator=None):
+    "What `generate` gives, called with as many arguments as it takes: `generate(x, y)` is enough for a strategy of one's own."
+    if not strategy.has_negatives:
+        return None
+    takes = inspect.signature(strategy.generate).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    given = dict(network=network, generator=generator)
+    return strategy.generate(x, y, **{key: v for key, v in given.items() if anything or key in takes})
 
 # %% ../nbs/201_strategies.ipynb #ab6fa749
 STRATEGIES = {}
@@ -106,22 +134,32 @@ def make_strategy(name, num_classes, **options):
     return STRATEGIES[name](num_classes, **options)
 
 # %% ../nbs/201_strategies.ipynb #0d7890db
-@register
-class LabelEmbeddingStrategy(Strategy):
-    """Right label on the image against a wrong one, drawn uniformly at each step. Source: Hinton (2022), section 3.3."""
+class LabelsOnPixels(Strategy):
+    "Base of the strategies whose positives carry their label in the first pixels (`labels.overlay`)."
 
-    name = "label_embedding"
     contrasts_labels = True
 
     def create_positive(self, x, y):
         return overlay(x, y, self.num_classes)
 
+    def write(self, x, labels=None):
+        if labels is None:
+            return Streams(neutral(x, self.num_classes), None, (len(x),))
+        return Streams(labelled(x, labels, self.num_classes), None, (len(x),) * len(labels))
+
+
+@register
+class LabelEmbeddingStrategy(LabelsOnPixels):
+    """Right label on the image against a wrong one, drawn uniformly at each step. Source: Hinton (2022), section 3.3."""
+
+    name = "label_embedding"
+
     def generate(self, x, y, network=None, generator=None):
         return overlay(x, wrong_labels(y, self.num_classes, generator), self.num_classes)
 
     def streams(self, x, y, network=None, generator=None):
-        wrong = wrong_labels(y, self.num_classes, generator)
-        return labelled(x, torch.stack([y, wrong]), self.num_classes)
+        labels = torch.stack([y, wrong_labels(y, self.num_classes, generator)])
+        return replace(self.write(x, labels), y=y)
 
 # %% ../nbs/201_strategies.ipynb #0f47fa8a
 def other_class(y, generator=None):
@@ -167,14 +205,10 @@ def check_two(batch):
 
 
 @register
-class ClassConfusionStrategy(Strategy):
+class ClassConfusionStrategy(LabelsOnPixels):
     """Right label, wrong image: the label of each positive on an image of another class. Images and labels by themselves look alike in both streams."""
 
     name = "class_confusion"
-    contrasts_labels = True
-
-    def create_positive(self, x, y):
-        return overlay(x, y, self.num_classes)
 
     def generate(self, x, y, network=None, generator=None):
         check_two(len(x))
@@ -182,46 +216,42 @@ class ClassConfusionStrategy(Strategy):
 
 # %% ../nbs/201_strategies.ipynb #518ee162
 @register
-class HardMiningStrategy(Strategy):
+class HardMiningStrategy(LabelsOnPixels):
     """Wrong labels drawn in proportion to the network's own belief. Source: Hinton (2022), section 3.3.
 
-    The belief is a softmax head's on the normalised activity of layers 2, 3, … under the neutral label. The head learns along,
-    by gradient descent on its cross-entropy, and no gradient of it enters the network. lr: its rate times its number of features;
-    up to 2 the descent is certain not to overshoot. Without a network all wrong labels are alike.
+    The belief is a softmax head's on the normalised activity of layers 2, 3, … under the neutral label. The head learns
+    along, by gradient descent on its cross-entropy, and no gradient of it enters the network. lr: its rate times its number
+    of features; up to 2 the descent is certain not to overshoot. Without a network all wrong labels are alike.
     """
 
     name = "hard_mining"
-    contrasts_labels = True
 
     def __init__(self, num_classes, lr=2.0):
         super().__init__(num_classes)
-        self.lr, self.weight, self.bias = lr, None, None
+        self.lr = lr
+        self.register_buffer("weight", None)
+        self.register_buffer("bias", None)
 
-    def begin(self, network):
+    def begin(self, network, x):
         "A new head: all classes alike."
-        device = next(network.parameters()).device
-        units = sum(layer.units for layer in network.layers[1:] or network.layers)
-        self.weight, self.bias = (
-            torch.zeros(shape, dtype=torch.float32, device=device)
-            for shape in ((units, self.num_classes), self.num_classes)
-        )
+        self.new_head(self.features(x, network))
 
-    def tensors(self):
-        return {} if self.weight is None else {"weight": self.weight, "bias": self.bias}
-
-    def create_positive(self, x, y):
-        return overlay(x, y, self.num_classes)
+    def new_head(self, f):
+        "A head for features `[batch, features]`: all classes alike."
+        self.weight = torch.zeros(f.shape[1], self.num_classes, device=f.device)
+        self.bias = torch.zeros(self.num_classes, device=f.device)
 
     def generate(self, x, y, network=None, generator=None):
         check_labels(y, self.num_classes)
         return overlay(x, self.hard_labels(x, y, network, generator), self.num_classes)
 
     def streams(self, x, y, network=None, generator=None):
-        return labelled(x, torch.stack([y, self.hard_labels(x, y, network, generator)]), self.num_classes)
+        labels = torch.stack([y, self.hard_labels(x, y, network, generator)])
+        return replace(self.write(x, labels), y=y)
 
     def features(self, x, network):
         "What the head reads: the normalised activities of layers 2, 3, … under the neutral label, `[batch, features]`."
-        h = [a.flatten(1).float() for a in activities(network, neutral(x, self.num_classes))]
+        h = [a.flatten(1).float() for a in activities(network, self.write(x))]
         return torch.cat(h[1:] or h, dim=1)
 
     @torch.no_grad()
@@ -231,7 +261,7 @@ class HardMiningStrategy(Strategy):
             return wrong_labels(y, self.num_classes, generator)
         f = self.features(x, network)
         if self.weight is None or len(self.weight) != f.shape[1]:
-            self.begin(network)
+            self.new_head(f)
         p = torch.addmm(self.bias, f, self.weight).softmax(1)
         right = F.one_hot(y.long(), self.num_classes)
         # a network that diverges believes NaN: all wrong labels are alike then, and `train` stops at the end of the epoch
@@ -347,7 +377,6 @@ class LayerWiseStrategy(PlainPositives):
     """
 
     name = "layer_wise"
-    redraws_between = True
 
     def generate(self, x, y, network=None, generator=None):
         return unlike(as_float(x), lambda: self.mix(as_float(x), generator))
@@ -357,9 +386,11 @@ class LayerWiseStrategy(PlainPositives):
         coin = torch.randint(0, 2, h.shape, device=h.device, generator=generator, dtype=torch.bool)
         return torch.where(coin, h, h[partners(len(h), h.device, generator)])
 
-    def between(self, h, y, layer, generator=None):
-        positive = h[: len(y)]
-        return torch.cat([positive, normalise(self.mix(positive, generator))])
+    def before(self, s, height, top, generator):
+        if height == 1:
+            return s
+        positive = s.x[: len(s.y)]
+        return replace(s, x=torch.cat([positive, normalise(self.mix(positive, generator))]))
 
 # %% ../nbs/201_strategies.ipynb #4a5f7adb
 @register
@@ -381,9 +412,9 @@ class AdversarialStrategy(PlainPositives):
         "The sign of the gradient of layer 1's goodness, for float images `[batch, …]`; +1 where it is zero."
         if network is None:
             return torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1
-        with torch.enable_grad():
+        with reading(network), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            h = network.layers[0](network.prepare(x))
+            h = run_layer(network.layers[0], [network.prepare(x)], network.precision)
             (gradient,) = torch.autograd.grad(h.float().square().sum(), x)
         return torch.where(gradient < 0, -1.0, 1.0)
 
@@ -393,63 +424,6 @@ class AdversarialStrategy(PlainPositives):
         moved = (one + step).clamp_(0, 1)
         stuck = (moved == one).flatten(1).all(1)  # black or white all over, and pushed outwards: step inwards
         return torch.where(stuck.view(-1, *[1] * (x.ndim - 1)), (one - step).clamp_(0, 1), moved)
-
-# %% ../nbs/201_strategies.ipynb #0cdeacc6
-@dataclass
-class Paired:
-    """Each image beside itself, then each beside its partner, read by one set of weights for both: `[2 x batch, …]`.
-
-    A unit that reads two images with the same weights sees their sum; here it is their mean. The product is linear, so one
-    product of the weights with the batch serves both streams. images: `[batch, …]`; partner: `[batch]`, a permutation;
-    others: `[batch, …]`, what stands beside in the place of the images themselves, other views of them say, which costs a second product.
-    """
-
-    images: torch.Tensor
-    partner: torch.Tensor
-    others: torch.Tensor | None = None
-
-    @property
-    def rows(self):
-        "How many pairs it stands for."
-        return 2 * len(self.images)
-
-    def prepare(self, inputs, dtype, standard=False):
-        "The same with images of root mean square 1 each, their means taken off first if `standard`; flat, if `inputs` gives the number of pixels to expect."
-
-        def ready(images):
-            x = as_float(images).flatten(1)
-            if inputs is not None and x.shape[1] != inputs:
-                raise ValueError(
-                    f"images {list(images.shape[1:])} have {x.shape[1]} pixels, but the network's first layer takes {inputs}"
-                )
-            x = (standardise if standard else normalise)(x).to(dtype)
-            return x if inputs is not None else x.view(images.shape)
-
-        return Paired(ready(self.images), self.partner, None if self.others is None else ready(self.others))
-
-    def dense(self):
-        "The means written out, `[2 x batch, …]`."
-        beside = self.images if self.others is None else self.others
-        return torch.cat([self.images + beside, self.images + beside[self.partner]]) / 2
-
-    def product(self, weight, bias, out=None):
-        "`dense() @ weight.T + bias`, from one product of the batch, or two with `others`."
-        z = beside = torch.addmm(bias, self.images, weight.t())
-        if self.others is not None:
-            beside = torch.addmm(bias, self.others, weight.t())
-        return torch.cat(
-            [z if beside is z else torch.lerp(z, beside, 0.5), torch.lerp(z, beside[self.partner], 0.5)], out=out
-        )
-
-    def add_product_gradient(self, dz, total, keep=0.0):
-        "Replace `total` by `keep * total + dz.T @ dense()`, in place, from one product of the batch, or two."
-        positive, negative = (part / 2 for part in dz.chunk(2))
-        d, beside = positive + negative, positive  # what reaches the images, and what stands beside them
-        beside[self.partner] += negative
-        if self.others is None:
-            return torch.addmm(total, d.add_(beside).t(), self.images, beta=keep, out=total)
-        torch.addmm(total, d.t(), self.images, beta=keep, out=total)
-        return total.addmm_(beside.t(), self.others)
 
 # %% ../nbs/201_strategies.ipynb #ba77f61b
 def scff_loss(g_pos, g_neg, theta_pos, theta_neg, penalty=0.0, scale=1.0):
@@ -493,7 +467,6 @@ class SelfContrastiveStrategy(PlainPositives):
     """
 
     name = "self_contrastive"
-    redraws_between = True
 
     def __init__(self, num_classes, thetas=((4.0, 6.0), (1.0, 1.0)), penalties=(1e-4, 0.0), repair=False, shift=0):
         super().__init__(num_classes)
@@ -505,41 +478,22 @@ class SelfContrastiveStrategy(PlainPositives):
 
     def streams(self, x, y, network=None, generator=None):
         one, other = (shifted(x, self.shift, generator) for _ in range(2)) if self.shift else (x, None)
-        return Paired(one, partners(len(x), x.device, generator), other)
+        pairs = Paired(one, partners(len(x), x.device, generator), other)
+        return Streams(pairs, y, (len(x), len(x)))
 
-    def between(self, h, y, layer, generator=None):
-        return Paired(h[: len(y)], partners(len(y), h.device, generator)) if self.repair else h
+    def before(self, s, height, top, generator):
+        if height == 1 or not self.repair:
+            return s
+        positive = s.x[: len(s.y)]
+        return replace(s, x=Paired(positive, partners(len(positive), positive.device, generator)))
 
-    def objective(self, units, layer=1):
-        theta_pos, theta_neg = self.thetas[min(layer, len(self.thetas)) - 1]
+    def objective(self, layer, depth):
+        theta_pos, theta_neg = self.thetas[min(depth, len(self.thetas)) - 1]
         # a sum of two images is twice their mean, and has four times its goodness
         options = dict(
-            penalty=self.penalties[min(layer, len(self.penalties)) - 1], scale=4.0 if layer == 1 or self.repair else 1.0
+            penalty=self.penalties[min(depth, len(self.penalties)) - 1], scale=4.0 if depth == 1 or self.repair else 1.0
         )
         return GoodnessObjective(mean_of_squares, scff_loss, theta_pos=theta_pos, theta_neg=theta_neg, **options)
-
-# %% ../nbs/201_strategies.ipynb #bba51f78
-class ProjectionObjective(nn.Module):
-    """Mono-Forward's objective: class scores `h @ M.T` from a learned projection M, and their cross-entropy with the labels.
-
-    forward takes the activity `[batch, units]` and labels `[batch]` and gives the loss and each image's score of its own class `[batch]`.
-    """
-
-    def __init__(self, units, num_classes, layer=1):
-        super().__init__()
-        generator = torch.Generator().manual_seed(layer)
-        self.projection = nn.Parameter(torch.randn(num_classes, units, generator=generator) / math.sqrt(units))
-
-    def extra_repr(self):
-        return f"{self.projection.shape[1]}, {self.projection.shape[0]}"
-
-    def scores(self, h):
-        "Class scores `[batch, classes]` of an activity `[batch, units]`."
-        return F.linear(h.to(self.projection.dtype), self.projection)
-
-    def forward(self, h, y=None, gamma=0.0, squares=None):
-        scores, y = self.scores(h), y.long()
-        return F.cross_entropy(scores, y), scores.gather(1, y[:, None]).squeeze(1).detach()
 
 # %% ../nbs/201_strategies.ipynb #16e93eca
 @register
@@ -550,29 +504,10 @@ class MonoForwardStrategy(PlainPositives):
     has_negatives = False
 
     def generate(self, x, y, network=None, generator=None):
-        raise ValueError("mono_forward has no negatives: there is nothing to generate")
+        return None
 
-    def objective(self, units, layer=1):
-        return ProjectionObjective(units, self.num_classes, layer)
-
-# %% ../nbs/201_strategies.ipynb #c5579cf4
-class LabelObjective(nn.Module):
-    """Cross-entropy of the right label among all, with `alpha` times the mean-square goodness under each as its score.
-
-    forward takes the activity `[labels x batch, units]` of images under all labels, the right one first, and their labels `[batch]`;
-    it gives the loss and the goodness `[labels x batch]`.
-    """
-
-    def __init__(self, alpha=32.0):
-        super().__init__()
-        self.alpha = alpha
-
-    def extra_repr(self):
-        return f"alpha={self.alpha}"
-
-    def forward(self, h, y, gamma=0.0, squares=None):
-        g = mean_of_squares(h, squares)
-        return -(self.alpha * (g + gamma)).view(-1, len(y)).log_softmax(0)[0].mean(), g
+    def objective(self, layer, depth):
+        return ProjectionObjective(units_of(layer), self.num_classes, depth)
 
 # %% ../nbs/201_strategies.ipynb #52da42bf
 TEN = tuple(STRATEGIES)
@@ -594,7 +529,7 @@ class AllLabelsStrategy(LabelEmbeddingStrategy):
 
     def streams(self, x, y, network=None, generator=None):
         labels = (y + torch.arange(self.num_classes, device=y.device)[:, None]) % self.num_classes
-        return labelled(x, labels, self.num_classes)
+        return replace(self.write(x, labels), y=y)
 
-    def objective(self, units, layer=1):
+    def objective(self, layer, depth):
         return LabelObjective(self.alpha)

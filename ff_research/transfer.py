@@ -14,9 +14,10 @@ import torch
 
 from .data import as_float, hold_out
 from .labels import neutral
-from .readout import _check_samples, _held, _standardised, features, fit_ridge, head_error, probe_errors
+from .readout import check_samples, held_out, standardised, features, fit_ridge, head_error, probe_errors
 from .checks import best_device, one_of
-from .training import Diverged, train_backprop
+from .backprop import train_backprop
+from .training import Diverged
 
 # %% ../nbs/401_transfer.ipynb #1d2f67eb
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in brightness (ITU-R BT.601)
@@ -54,10 +55,10 @@ def refit(images, shape, name=None):
     return images if name is None else replace(images, name=name)
 
 # %% ../nbs/401_transfer.ipynb #d3e437f8
-def _seen(network, target, shape):
+def seen_by(network, target, shape):
     "The target's images as the network takes them. Raises ValueError where labels are missing, or where the pixels do not fit."
     for x, y in ((target.x_train, target.y_train), (target.x_test, target.y_test)):
-        _check_samples(x, y)
+        check_samples(x, y)
     target = target if shape is None else refit(target, shape)
     inputs = None if network is None else getattr(network.layers[0], "inputs", None)
     if inputs not in (None, target.num_pixels):
@@ -68,15 +69,15 @@ def _seen(network, target, shape):
     return target
 
 
-def _label_pixels(neutral_label, target):
+def label_pixels(neutral_label, target):
     "How many pixels the neutral label takes, or None for plain images."
     return target.num_classes if neutral_label is True else neutral_label or None
 
 # %% ../nbs/401_transfer.ipynb #025a0653
 def _matrices(network, target, shape, neutral_label, precision, device):
     "Features of the target's training and test images by the name of the layer, and the target as it was seen. Raises ValueError for NaN."
-    target = _seen(network, target, shape)
-    classes, where = _label_pixels(neutral_label, target), best_device(device)
+    target = seen_by(network, target, shape)
+    classes, where = label_pixels(neutral_label, target), best_device(device)
 
     def read(x):
         if network is not None:
@@ -108,14 +109,14 @@ def _refuse_constant(f, name, target):
         )
 
 
-def _asked_for(matrices, layers):
+def asked_for(matrices, layers):
     "Those of the named matrices that are asked for, None: all. Raises ValueError for an unknown name."
     for name in layers or ():
         one_of(name, tuple(matrices), "layer")
     return matrices if layers is None else {name: matrices[name] for name in layers}
 
 
-def _ridge_errors(matrices, target):
+def ridge_errors(matrices, target):
     "Errors of a ridge on pairs of feature matrices by name; None where one is the same for every image."
     out = {"test": {}, "validation": {}}
     for name, (f, f_test) in matrices.items():
@@ -135,10 +136,10 @@ def transfer_errors(network, target, *, neutral_label, layers=None, shape=None, 
     Raises ValueError for images that do not fit, NaN, unknown layers, and layers that are constant on the target.
     """
     matrices, target = _matrices(network, target, shape, neutral_label, precision, device)
-    asked = _asked_for(matrices, layers)
+    asked = asked_for(matrices, layers)
     for name, (f, _) in asked.items():
         _refuse_constant(f, name, target)
-    return _ridge_errors(asked, target)
+    return ridge_errors(asked, target)
 
 # %% ../nbs/401_transfer.ipynb #3002f8a9
 @torch.no_grad()
@@ -188,15 +189,15 @@ def _check_shots(shots, draws, l2):
 
 def _fewest(target):
     "The class with the fewest training images outside the validation part, and how many these are."
-    _check_samples(target.x_train, target.y_train)
-    counts = torch.bincount(target.y_train[: -_held(target)].cpu().long(), minlength=target.num_classes)
+    check_samples(target.x_train, target.y_train)
+    counts = torch.bincount(target.y_train[: -held_out(target)].cpu().long(), minlength=target.num_classes)
     return int(counts.argmin()), int(counts.min())
 
 # %% ../nbs/401_transfer.ipynb #e77928da
 def _low_shot(f, f_test, target, shots, draws, seed, l2):
     "Mean test error in % over the draws, for each number of shots; features `[images, units]`."
-    z, y, mean, scale = _standardised(f, target.y_train.to(f.device))
-    z_test, y_test, pool = (f_test - mean) * scale, target.y_test.to(f.device), len(y) - _held(target)
+    z, y, mean, scale = standardised(f, target.y_train.to(f.device))
+    z_test, y_test, pool = (f_test - mean) * scale, target.y_test.to(f.device), len(y) - held_out(target)
     out = {k: 0.0 for k in shots}
     for draw in range(draws):
         ranks = _ranks(y[:pool], seed * draws + draw).to(f.device)
@@ -272,9 +273,9 @@ def fine_tune(
     """
     if network is None:
         raise ValueError("raw pixels have no weights to tune; give a network")
-    target, where = _seen(network, target, shape), dict(precision=precision, device=device)
-    target = _under_neutral(target, _label_pixels(neutral_label, target))
-    part, tried, failure = hold_out(target, _held(target)), [], ValueError("lr is empty: no rate to train with")
+    target, where = seen_by(network, target, shape), dict(precision=precision, device=device)
+    target = _under_neutral(target, label_pixels(neutral_label, target))
+    part, tried, failure = hold_out(target, held_out(target)), [], ValueError("lr is empty: no rate to train with")
     for rate in lr if isinstance(lr, (list, tuple)) else [lr]:
         tuned = copy.deepcopy(network)
         if hasattr(tuned, "head"):
@@ -299,14 +300,14 @@ def _target_row(matrices, target, shots, draws, seed):
     "Errors of all feature matrices, and the curve of few labels of the last; None where a matrix is constant."
     few, (f, f_test) = tuple(k for k in shots if k <= _fewest(target)[1]), list(matrices.values())[-1]
     low = dict.fromkeys(few) if _is_constant(f) else _low_shot(f, f_test, target, few, draws, seed, L2)
-    row = _ridge_errors(matrices, target) | {"low_shot": {str(k): error for k, error in low.items()}}
+    row = ridge_errors(matrices, target) | {"low_shot": {str(k): error for k, error in low.items()}}
     return {
         part: {key: None if error is None else round(error, 4) for key, error in errors.items()}
         for part, errors in row.items()
     }
 
 # %% ../nbs/401_transfer.ipynb #0f2de788
-def _named(targets):
+def named_targets(targets):
     "Targets by name. Raises ValueError for two of one name."
     named = list(targets.items() if isinstance(targets, Mapping) else ((target.name, target) for target in targets))
     if len(dict(named)) < len(named):
@@ -337,7 +338,7 @@ def transfer_row(
     """
     _check_shots(shots or (1,), draws, L2)
     out = {}
-    for name, target in _named(targets).items():
+    for name, target in named_targets(targets).items():
         out[name] = _target_row(
             *_matrices(network, target, source_shape, neutral_label, precision, device), shots, draws, seed
         )
