@@ -1,1 +1,72 @@
+"""Forward-Forward learning: layers that each learn alone, ways to make negatives, read-outs, and results measured over seeds.
+
+The names below are loaded when they are first used, so that `import ff_research` costs nothing; everything else stands in the
+modules (`from ff_research.training import train`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ff_research.backprop import train_backprop
+    from ff_research.data import Images, from_arrays, load
+    from ff_research.layers import FFConv, FFLinear, Layer
+    from ff_research.network import Network
+    from ff_research.objectives import Objective
+    from ff_research.readout import linear_probe, per_label_goodness, scores_errors
+    from ff_research.runs import run
+    from ff_research.strategies import STRATEGIES, Strategy, register
+    from ff_research.training import train
+
+_ROOMS = {
+    "Images": "data",
+    "from_arrays": "data",
+    "load": "data",
+    "FFConv": "layers",
+    "FFLinear": "layers",
+    "Layer": "layers",
+    "Network": "network",
+    "Objective": "objectives",
+    "STRATEGIES": "strategies",
+    "Strategy": "strategies",
+    "register": "strategies",
+    "train": "training",
+    "train_backprop": "backprop",
+    "linear_probe": "readout",
+    "per_label_goodness": "readout",
+    "scores_errors": "readout",
+    "run": "runs",
+}
+__all__ = [
+    "FFConv",
+    "FFLinear",
+    "Images",
+    "Layer",
+    "Network",
+    "Objective",
+    "STRATEGIES",
+    "Strategy",
+    "from_arrays",
+    "linear_probe",
+    "load",
+    "per_label_goodness",
+    "register",
+    "run",
+    "scores_errors",
+    "train",
+    "train_backprop",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'ff_research' has no attribute {name!r}; its names: {', '.join(__all__)}")
+    value = getattr(import_module(f"ff_research.{_ROOMS[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -23,7 +23,8 @@ from .checks import nearest, replacing, shown
 class Images:
     """A data set for classification, kept whole on one device.
 
-    x_train, x_test: uint8 `[samples, channels, height, width]`; y_train, y_test: int64 `[samples]`, values 0 … num_classes-1.
+    x_train, x_test: uint8 `[samples, channels, height, width]`; y_train, y_test: int64 `[samples]`, from 0 to
+    num_classes-1.
     """
 
     name: str
@@ -45,7 +46,10 @@ class Images:
 
     def __repr__(self):
         shape = " x ".join(map(str, self.shape))
-        return f"Images({self.name}: {len(self.y_train)} training and {len(self.y_test)} test images, {shape}, {self.num_classes} classes, {self.x_train.device})"
+        return (
+            f"Images({self.name}: {len(self.y_train)} training and {len(self.y_test)} test images, {shape}, "
+            f"{self.num_classes} classes, {self.x_train.device})"
+        )
 
     def batches(self, batch_size, generator):
         "The training part once, in a random order: images `[batch, …]`, labels `[batch]` and their places `[batch]`."
@@ -54,7 +58,8 @@ class Images:
 
     def pieces(self):
         "The training part once, in order and some 5,000 images at a time: images and labels."
-        for rows in torch.arange(len(self.y_train), device=self.y_train.device).tensor_split(-(-len(self.y_train) // 5000)):
+        parts = -(-len(self.y_train) // 5000)
+        for rows in torch.arange(len(self.y_train), device=self.y_train.device).tensor_split(parts):
             yield self.x_train[rows], self.y_train[rows]
 
     def to(self, device):
@@ -64,7 +69,10 @@ class Images:
 
 # %% ../nbs/101_data.ipynb #34da7416
 def as_float(x, dtype=torch.float32):
-    "Pixels as floats in [0, 1]: uint8 is divided by 255, floats pass unchanged (the same tensor, not a copy, where the dtype fits)."
+    """Pixels as floats in [0, 1]: uint8 is divided by 255, floats pass unchanged.
+
+    Where the dtype fits, they are the same tensor and not a copy.
+    """
     return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
 
 # %% ../nbs/101_data.ipynb #8fd3daf9
@@ -74,7 +82,8 @@ def _as_pixels(x, key, source):
         x = x[:, None]
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(
-            f"{source}: {key} has shape {x.shape}; expected [samples, height, width] or [samples, channels, height, width], none of them 0"
+            f"{source}: {key} has shape {x.shape}; expected [samples, height, width] or "
+            "[samples, channels, height, width], none of them 0"
         )
     if x.dtype == np.uint8:
         return torch.from_numpy(np.require(x, requirements=["C", "W"]))
@@ -105,8 +114,9 @@ def _as_labels(y, count, key, source):
 def from_arrays(name, x_train, y_train, x_test, y_test, source=None):
     """Checked `Images` from numpy arrays.
 
-    Images are `[N, H, W]` or `[N, C, H, W]`, 0…255 or floats in 0…1; labels are integers from 0. uint8 arrays are shared, not copied.
-    Raises ValueError for wrong shapes, NaN, labels that do not fit, or test images unlike the training images.
+    Images are `[N, H, W]` or `[N, C, H, W]`, 0…255 or floats in 0…1; labels are integers from 0. uint8 arrays are
+    shared, not copied. Raises ValueError for wrong shapes, NaN, labels that do not fit, or test images unlike the
+    training images.
     """
     source = source or name
     x = {key: _as_pixels(np.asarray(v), key, source) for key, v in (("x_train", x_train), ("x_test", x_test))}
@@ -123,7 +133,8 @@ def from_arrays(name, x_train, y_train, x_test, y_test, source=None):
         raise ValueError(f"{source}: y_train holds one class only; at least two are needed")
     if num_classes > len(y["y_train"]):
         raise ValueError(
-            f"{source}: y_train holds the label {num_classes - 1}, but only {len(y['y_train'])} images: labels must count from 0 without gaps this wide"
+            f"{source}: y_train holds the label {num_classes - 1}, but only {len(y['y_train'])} images: labels must "
+            "count from 0 without gaps this wide"
         )
     if int(y["y_test"].max()) >= num_classes:
         raise ValueError(
@@ -133,16 +144,18 @@ def from_arrays(name, x_train, y_train, x_test, y_test, source=None):
 
 # %% ../nbs/101_data.ipynb #f01aa209
 def _read_array(archive, member, size):
-    """One array of an archive of `size` bytes. What header and directory promise is compared before any memory is asked for.
+    """One array of an archive of `size` bytes; what header and directory promise is compared first.
 
-    Raises ValueError, or whatever numpy and zipfile raise, for what is no plain array of numbers in a member of just its length.
+    Raises ValueError, or whatever numpy and zipfile raise, for what is no plain array of numbers in a member of its
+    length.
     """
     if (
         member.compress_type not in (ZIP_STORED, ZIP_DEFLATED)
         or not member.file_size / 1100 <= member.compress_size <= size
     ):
         raise ValueError(
-            f"{member.filename} claims to hold {member.file_size} bytes in {member.compress_size}, which deflate cannot do"
+            f"{member.filename} claims to hold {member.file_size} bytes in {member.compress_size}, which "
+            "deflate cannot do"
         )
     with archive.open(member) as f:
         major, _ = np.lib.format.read_magic(f)
@@ -157,7 +170,8 @@ def _read_array(archive, member, size):
             )
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - f.tell():
             raise ValueError(
-                f"{member.filename} claims the shape {shown(shape, 60)}, which is not what {member.file_size} bytes hold"
+                f"{member.filename} claims the shape {shown(shape, 60)}, which is not what "
+                f"{member.file_size} bytes hold"
             )
         f.seek(0)
         return np.lib.format.read_array(f, allow_pickle=False)
@@ -169,7 +183,8 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 def load_npz(path):
     """`Images` from an .npz file with the arrays x_train, y_train, x_test, y_test; nothing in it is ever unpickled.
 
-    Raises FileNotFoundError (or another OSError where it cannot be opened), ValueError for a damaged file, missing arrays or unusable ones.
+    Raises FileNotFoundError (or another OSError where it cannot be opened), ValueError for a damaged file, missing
+    arrays or unusable ones.
     """
     path = Path(os.path.expanduser(path))
     where = shown(path)
@@ -185,12 +200,11 @@ def load_npz(path):
         except Exception as error:  # numpy, zipfile and zlib have a dozen ways to stumble over a damaged file
             reason = shown(" ".join(str(error).split()), 200) or type(error).__name__
             raise ValueError(
-                f"{where}: damaged, not an .npz file, or holding Python objects, which are never unpickled ({reason}); write it again, or delete it if it was a download"
+                f"{where}: damaged, not an .npz file, or holding Python objects, which are never unpickled ({reason}); "
+                "write it again, or delete it if it was a download"
             ) from error
     if missing := [key for key in KEYS if key not in members]:
-        raise ValueError(
-            f"{where}: lacks {', '.join(missing)}; it holds {shown(', '.join(members), 200) or 'nothing'}"
-        )
+        raise ValueError(f"{where}: lacks {', '.join(missing)}; it holds {shown(', '.join(members), 200) or 'nothing'}")
     return from_arrays(shown(path.stem), *arrays, source=where)
 
 # %% ../nbs/101_data.ipynb #c4e48a9a
@@ -227,7 +241,8 @@ def _download(name, root):
             np.savez(f, **arrays)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"{name}: not in {root}, and fetching it failed ({error}); without a network, put {name}.npz there or set FF_RESEARCH_DATA"
+            f"{name}: not in {root}, and fetching it failed ({error}); without a network, put {name}.npz there or set "
+            "FF_RESEARCH_DATA"
         ) from error
 
 # %% ../nbs/101_data.ipynb #3ddc3bf5
@@ -247,8 +262,8 @@ DATA_SETS = {"digits": _digits} | {
 def load(name_or_path, root=None, device="cpu"):
     """A data set by name ("digits", "mnist", "fashion_mnist", "cifar10"), or a user's own .npz by its path.
 
-    root: folder of the stored data sets (default: `$FF_RESEARCH_DATA`, then `~/.cache/ff_research`).
-    Raises ValueError for an unknown name or an unusable file, FileNotFoundError for a path where nothing is, OSError if a download fails.
+    root: folder of the stored data sets (default: `$FF_RESEARCH_DATA`, then `~/.cache/ff_research`). Raises ValueError
+    for an unknown name or an unusable file, FileNotFoundError for a path where nothing is, OSError if a download fails.
     """
     text = str(name_or_path)
     if text in DATA_SETS:
@@ -261,7 +276,7 @@ def load(name_or_path, root=None, device="cpu"):
 
 # %% ../nbs/101_data.ipynb #bac921f8
 def hold_out(images, samples):
-    """Put the last `samples` training images in the place of the test set, for tuning without a look at the test set.
+    """Put the last `samples` training images where the test set was, for tuning that never sees the test set.
 
     It takes them as they stand: arrays sorted by class must be shuffled first.
     Raises ValueError unless 0 < samples < the number of training images.
@@ -281,18 +296,19 @@ def validation_size(images):
 
 # %% ../nbs/101_data.ipynb #7558fa82
 def centred(images, energy=10.0):
-    """Images as floats, each pixel with mean 0 over the training images, and with a squared length of `energy` on average.
+    """Images as floats: each pixel has mean 0 over the training images, an image a mean squared length of `energy`.
 
-    A label of value 1 that is written into an image then weighs 1 against `energy`, whatever the size and brightness of the images.
-    The statistics are those of the training images. Meant for plain images and for labels; strategies that paint pixels expect them in 0…1.
-    Raises ValueError unless energy > 0 and the training images differ.
+    A label of value 1 that is written into an image then weighs 1 against `energy`, whatever the size and brightness of
+    the images. The statistics are those of the training images. Meant for plain images and for labels; strategies that
+    paint pixels expect them in 0…1. Raises ValueError unless energy > 0 and the training images differ.
     """
     mean = as_float(images.x_train).mean(0, keepdim=True)
     x_train, x_test = (as_float(x) - mean for x in (images.x_train, images.x_test))
     length = x_train.flatten(1).square().sum(1).mean()
     if not (energy > 0 and length > 0):
         raise ValueError(
-            f"{images.name}: cannot be centred to energy={energy}; it must be positive, and the training images must not be all the same"
+            f"{images.name}: cannot be centred to energy={energy}; it must be positive, and the training images must "
+            "not be all the same"
         )
     scale = (energy / length).sqrt()
     return replace(

@@ -815,7 +815,9 @@ def _is_kept(path, recipe, seed):
 
 def _save(network, path, recipe, seed):
     "Write the weights of a network's layers, and of its head where it has one, as safetensors; whole or not at all."
-    kept = {key: t.cpu().contiguous() for key, t in network.state_dict().items() if key.startswith(("layers.", "head."))}
+    kept = {
+        key: t.cpu().contiguous() for key, t in network.state_dict().items() if key.startswith(("layers.", "head."))
+    }
     with replacing(path) as f:
         f.write(serialize(kept, _told_by(recipe, seed)))
 

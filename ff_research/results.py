@@ -35,7 +35,8 @@ def results_folder(folder=None):
 def read_rows(path):
     """The rows of a .jsonl file, one dictionary a line; an absent file has none.
 
-    Raises `DamagedRow` for a line that is no JSON object: nothing is dropped silently. Raises OSError for what is no file, a folder or a pipe.
+    Raises `DamagedRow` for a line that is no JSON object: nothing is dropped silently. Raises OSError for what is no
+    file, a folder or a pipe.
     """
     path, shown, rows = Path(path), repr(str(path))[1:-1], []
     if not path.exists():
@@ -58,7 +59,10 @@ def read_rows(path):
 
 # %% ../nbs/905_results.ipynb #2c257f82
 def _durably(path, text):
-    "Append text and have it on the disk before returning; if that fails, the file is as long as it was. Raises OSError."
+    """Append text and have it on the disk before returning; if that fails, the file is as long as it was.
+
+    Raises OSError.
+    """
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as f:
@@ -74,9 +78,11 @@ def _durably(path, text):
 
 # %% ../nbs/905_results.ipynb #b4cdd78e
 def append_row(path, row, same=None):
-    """Append a row to a .jsonl file, under a lock and flushed to the disk. Gives False, and writes nothing, if one is there for which `same(old, row)` holds.
+    """Append a row to a .jsonl file, under a lock and flushed to the disk.
 
-    A last line that a crash cut short is kept, and the new row starts on a line of its own. Raises OSError, with the file as it was, if it cannot write.
+    Gives False, and writes nothing, if one is there for which `same(old, row)` holds.
+    A last line that a crash cut short is kept, and the new row starts on a line of its own. Raises OSError, with the
+    file as it was, if it cannot write.
     """
     path, text = Path(path), json.dumps(row) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +108,9 @@ def _run(row, source="rows"):
 
 
 def latest(rows):
-    """One row for each recipe and seed, the one written last; rows of a configuration that the recipe has no more (its last row has another) are left out.
+    """One row for each recipe and seed, the one written last.
+
+    Rows of a configuration that the recipe has no more (its last row has another) are left out.
 
     Raises `DamagedRow` for a row that lacks recipe or seed.
     """
@@ -127,14 +135,21 @@ def _runs(path):
 
 
 def published(recipe=None, part=""):
-    'The rows that come with the package: of one recipe, or all. part: a folder beside them: "replica" holds the grid from a graphics card, "bf16" what was run again in that precision, "theirs" what authors\' own programs gave.'
+    """The rows that come with the package: of one recipe, or all.
+
+    part: a folder beside them: "replica" holds the grid from a GPU, "bf16" what was run again in that precision,
+    "theirs" what authors' own programs gave.
+    """
     folder = Path(str(files("ff_research"))) / "published" / part
     paths = sorted(folder.glob("*.jsonl")) if recipe is None else [_file(folder, recipe)]
     return latest(row for path in paths for row in _runs(path))
 
 
 def publish(recipe, source=None, target=None):
-    "Copy a recipe's rows from the results folder into the package's `published`; gives how many were new. Raises ValueError for what is no name."
+    """Copy a recipe's rows from the results folder into the package's `published`; gives how many were new.
+
+    Raises ValueError for what is no name.
+    """
     target = _file(target or Path(str(files("ff_research"))) / "published", recipe)
     return sum(append_row(target, row, same=same_run) for row in latest(_runs(_file(results_folder(source), recipe))))
 
@@ -166,14 +181,17 @@ def column(rows, key):
                 and abs(v) > sys.float_info.max
             ):
                 raise ValueError(
-                    f"{key!r} of recipe {row.get('recipe')!r}, seed {row['seed']}, is {type(v).__name__} or too large: expected a number"
+                    f"{key!r} of recipe {row.get('recipe')!r}, seed {row['seed']}, is {type(v).__name__} or too large: "
+                    "expected a number"
                 )
             out[row["seed"]] = v
     return out
 
 # %% ../nbs/905_results.ipynb #1c081bcc
 def summary(rows, key):
-    """Mean, standard deviation (n - 1), a 95 % t interval of the mean, and the number of seeds, of the numbers under a key; None without any.
+    """Mean, standard deviation (n - 1), 95 % t interval of the mean, and number of seeds, of the numbers under a key.
+
+    None without any.
 
     With one seed, `std`, `low` and `high` are NaN.
     """
@@ -188,8 +206,8 @@ def summary(rows, key):
 def paired_difference(a, b, key, other=None, seed=0):
     """Mean of (a - b) over the seeds that both have, with two 95 % intervals of the paired differences.
 
-    a, b: rows; key: dotted; other: b's key where it has another name. low, high: percentile bootstrap; t_low, t_high: Student's t;
-    real: whether both leave out 0. Raises ValueError below two common seeds.
+    a, b: rows; key: dotted; other: b's key where it has another name. low, high: percentile bootstrap; t_low, t_high:
+    Student's t; real: whether both leave out 0. Raises ValueError below two common seeds.
     """
     x, y = column(a, key), column(b, other or key)
     common = sorted(x.keys() & y.keys())

@@ -1,11 +1,16 @@
-"""The book's own invariants: package and notebooks agree, every chapter is listed and fit to print, links follow settings.ini."""
+"""The book's own invariants: package and notebooks agree, every chapter is listed and fit to print, links are right."""
 
 import ast
+import contextlib
+import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -142,6 +147,7 @@ DIRECTIVES = {
     "echo: false",
     "label",
     "fig-cap",
+    "fig-alt",
     "tbl-cap",
     "code-fold",
 }
@@ -157,6 +163,39 @@ def test_directives_are_the_agreed_ones(path):
                 "hide",
                 "slow",
             }, line
+
+
+def filtered(path):
+    "A notebook's text behind nbdev's filter, which is fed as Quarto feeds it when it renders the book."
+    from nbdev.cli import nbdev_filter
+
+    os.chdir(path.parent)
+    sys.stdin, out = io.StringIO(path.read_text(encoding="utf-8")), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        nbdev_filter()
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    "Runs each call in a process of its own, forked from one that has imported what chapters import."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nbdev.cli", "matplotlib.pyplot", "sklearn.linear_model", "ff_research.recipes"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        yield pool
+
+
+@each_notebook
+def test_the_books_filter_takes_it(path, fresh):
+    "It executes exported cells and any other that holds an import, which must therefore not need the cells between."
+    book = json.loads(fresh.submit(filtered, path).result(timeout=300))
+    shown = [source(cell) for cell in book["cells"]]
+    assert any(re.match(r"# \S.* \{#sec-", text) for text in shown) and (book["nbformat"], book["nbformat_minor"]) >= (
+        4,
+        0,
+    )
+    assert not any(re.search(r"^#\| *(export|hide)\b", text, re.M) for text in shown)
+    assert all(cell["cell_type"] in ("markdown", "code", "raw") and "metadata" in cell for cell in book["cells"])
 
 
 @each_notebook
@@ -189,12 +228,20 @@ ORDER = [
     "cka",
     "entropy",
     "collaboration",
-    "strategies",
     "readout",
+    "backprop",
     "training",
+    "schedules",
+    "checkpoints",
+    "learners",
+    "optimisers",
+    "strategies",
+    "network",
     "layers",
-    "goodness",
+    "objectives",
     "labels",
+    "streams",
+    "goodness",
     "data",
     "checks",
 ]
@@ -234,13 +281,40 @@ def test_development_tools_are_not_imported(path):
 def test_imports_run_one_way(path):
     mine, modules = path.stem, {module.stem for module in MODULES}
     own = {name.split(".")[1] for name in imports(path) if name.startswith("ff_research.")} & modules
-    if mine == "__init__":
-        assert not own
+    if mine == "__init__":  # names for type checkers; nothing is loaded before it is used
+        loaded = "import sys, ff_research; print([m for m in sys.modules if m.startswith(('ff_research.', 'torch'))])"
+        assert subprocess.check_output([sys.executable, "-c", loaded], cwd=ROOT, text=True) == "[]\n"
     elif mine in APART:
         assert own <= APART[mine]
     else:
         assert mine in ORDER, f"{mine} has no place in ORDER (tests/test_book.py) yet"
         assert own <= {*ORDER[ORDER.index(mine) + 1 :], *(APART if ORDER.index(mine) < ORDER.index("readout") else ())}
+
+
+def private_names(path):
+    "Private names of the package's modules that a file imports."
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "ff_research"):
+            yield from (alias.name for alias in node.names if re.match(r"_[a-z]", alias.name))
+
+
+@each_module
+def test_no_private_name_crosses_a_module(path):
+    "Neither imported nor reached through a module that is."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {module.stem for module in MODULES}
+    reached = [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+        if re.match(r"_[a-z]", node.attr)
+    ]
+    assert [*private_names(path), *reached] == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/**/*.py")), ids=lambda path: path.stem)
+def test_tests_import_no_private_name(path):
+    assert list(private_names(path)) == []
 
 
 @each_module
@@ -311,7 +385,9 @@ LEFTOVER = re.compile(r"\b(?:TO" r"DO|FIX" r"ME)\b")
 
 
 def texts():
-    "What is tracked, or would be: a file's text, and of a notebook its sources and the text of its outputs (pictures are noise)."
+    """What is tracked, or would be: a file's text, and of a notebook its sources and the text of its outputs (pictures
+    are noise).
+    """
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

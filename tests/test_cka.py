@@ -9,7 +9,7 @@ import torch
 from ff_research import cka
 from ff_research.cka import cka_matrix, compare, linear_cka, minibatch_cka
 from ff_research.data import load
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.readout import features
 
 

@@ -1,4 +1,4 @@
-"""Layers that hear each other: one step against autograd, what carries no gradient, special cases, resume, and functional entropy."""
+"""Layer collaboration: one step against autograd, what carries no gradient, special cases, resume, functional entropy."""
 
 import contextlib
 import copy
@@ -21,11 +21,14 @@ from ff_research.entropy import (
     log_goodness,
     stream_entropy,
 )
-from ff_research.goodness import GoodnessObjective, hinton, mean_activity, sum_of_squares, symba
-from ff_research.layers import Network, normalise, prepare
+from ff_research.goodness import mean_activity, sum_of_squares
+from ff_research.layers import normalise, prepare
+from ff_research.network import Network
+from ff_research.objectives import GoodnessObjective, hinton, symba
 from ff_research.readout import label_goodness, per_label_goodness
+from ff_research.schedules import SCHEDULES
 from ff_research.strategies import STRATEGIES
-from ff_research.training import COLLABORATIONS, SCHEDULES, Diverged, gammas, train
+from ff_research.training import COLLABORATIONS, Diverged, gammas, train
 
 QUIET = dict(precision="fp32", device="cpu", progress=False)
 LABELS = STRATEGIES["label_embedding"]
@@ -37,10 +40,8 @@ def weights(network):
 
 
 def trained(images, mode, widths=(64, 30, 25, 20), epochs=2, strategy=None, **options):
-    network = Network(list(widths), peer=0.03)
-    history = train(
-        network, images, strategy or LABELS(10), epochs=epochs, seed=3, collaboration=mode, **QUIET | options
-    )
+    network, options = Network(list(widths)), QUIET | dict(epochs=epochs, seed=3, peer=0.03) | options
+    history = train(network, images, strategy or LABELS(10), collaboration=mode, **options)
     return weights(network), [epoch | dict(seconds=0) for epoch in history.epochs]
 
 
@@ -48,7 +49,7 @@ def same(a, b):
     return torch.equal(a[0], b[0]) and a[1] == b[1]
 
 
-# What a layer hears
+# What a layer receives
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 7])
@@ -74,7 +75,7 @@ def test_gammas_carry_no_gradient_and_leave_their_input_alone():
         assert not gammas(g * 2, mode).requires_grad and torch.equal(g, before)
 
 
-def test_a_loud_layer_does_not_drown_the_others():
+def test_a_layer_of_high_goodness_does_not_drown_the_others():
     g = torch.tensor([[1e12], [3.0], [4.0]])
     assert gammas(g, "all")[0].item() == 7.0
 
@@ -117,30 +118,29 @@ def test_a_step_is_autograds_with_detached_sums(digits, objective, mode):
         batch_size=2000,
         **QUIET,
     )
-    x, hs = prepare(strategy.given, 64).dense(), []
+    x, hs = prepare(strategy.given.x, 64).dense(), []
     for layer in theirs.layers:
         hs.append(layer(x))
         x = normalise(hs[-1]).detach()
     own = [objective(h)[1].detach() for h in hs]
     for i, (layer, h) in enumerate(zip(theirs.layers, hs)):
-        heard = sum(
-            (g for t, g in enumerate(own) if mode and (t < i or (mode == "all" and t > i))), torch.zeros(len(h))
+        received = sum(
+            (g for t, g in enumerate(own) if mode and (t < i or (mode == "all" and t > i))), torch.zeros(len(h), 1)
         )
-        loss, _ = objective(h, gamma=heard)
+        loss, _ = objective(h, gamma=received)
         grads = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
         for p, grad, mine in zip(layer.parameters(), grads, network.layers[i].parameters()):
             torch.testing.assert_close(mine.detach(), p.detach() - lr * grad, rtol=1e-4, atol=2e-6)
 
 
-def test_positives_hear_positives_and_negatives_negatives(digits):
+def test_positives_receive_positives_and_negatives_negatives(digits):
     "A layer that answers to its right stream alone: the gamma of a row is made of that row."
     seen = []
 
     class Spy(GoodnessObjective):
-        def forward(self, h, y=None, gamma=0.0, squares=None):
-            loss, g = super().forward(h, y, gamma, squares)
-            if isinstance(gamma, torch.Tensor):
-                seen.append((g.detach().clone(), gamma.clone()))
+        def local_loss(self, h, s=None, gamma=0.0):
+            loss, g = super().local_loss(h, s, gamma)
+            seen.append((g.detach().clone(), gamma.clone()))
             return loss, g
 
     train(
@@ -178,14 +178,14 @@ def test_modes_differ_where_they_must(digits, schedule):
     assert not torch.equal(runs[None][:first], runs["all"][:first])
 
 
-def test_hearing_all_is_hearing_previous_for_the_last_layer(digits):
+def test_all_and_previous_are_the_same_for_the_last_layer(digits):
     "With the layers below held still, the last layer learns the same in both modes."
     last = [trained(digits, mode, lr=[0.0, 0.0, 1e-3], weight_decay=0.0)[0] for mode in COLLABORATIONS]
     torch.testing.assert_close(*last, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", COLLABORATIONS)
-def test_greedy_hears_what_frozen_layers_say(digits, mode):
+def test_greedy_receives_the_goodness_of_frozen_layers(digits, mode):
     "The second of three layers, in one step, against autograd."
     strategy = LABELS(10)
     network = Network([64, 30, 25, 20])
@@ -202,8 +202,8 @@ def test_greedy_hears_what_frozen_layers_say(digits, mode):
     h_1 = start.layers[0](x).detach()
     h_2 = start.layers[1](normalise(h_1))
     h_3 = start.layers[2](normalise(h_2)).detach()
-    heard = sum_of_squares(h_1) + (sum_of_squares(h_3) if mode == "all" else 0)
-    grads = torch.autograd.grad(hinton()(h_2, gamma=heard)[0], list(start.layers[1].parameters()))
+    received = sum_of_squares(h_1) + (sum_of_squares(h_3) if mode == "all" else 0)
+    grads = torch.autograd.grad(hinton()(h_2, gamma=received[:, None])[0], list(start.layers[1].parameters()))
     for p, grad, mine in zip(start.layers[1].parameters(), grads, network.layers[1].parameters()):
         torch.testing.assert_close(mine.detach(), p.detach() - 0.1 * grad, rtol=1e-3, atol=1e-5)
 
@@ -220,7 +220,7 @@ def test_rounds_cut_the_epochs(digits):
 class Convolution(nn.Module):
     def __init__(self, channels_in, channels):
         super().__init__()
-        self.channels_in, self.units = channels_in, channels * 64
+        self.channels_in = channels_in
         self.conv = nn.Conv2d(channels_in, channels, 7, padding=3)
         nn.init.normal_(self.conv.weight, std=0.2 / channels_in**0.5, generator=torch.Generator().manual_seed(0))
 

@@ -1,7 +1,8 @@
-"""The diagnostics on what users may hand over: odd shapes, scales and numbers, layers of their own, strategies with a state."""
+"""The diagnostics on what users may hand over: odd shapes, scales and numbers, own layers, strategies with a state."""
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ff_research.diagnostics import (
     participation_ratio,
     two_sample_error,
 )
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.strategies import STRATEGIES, make_strategy
 
 QUIET = dict(precision="fp32", device="cpu")
@@ -218,16 +219,16 @@ def test_too_few():
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy(images, network, name):
     strategy = make_strategy(name, 4)
-    strategy.begin(network)
+    strategy.begin(network, images.x_train[:2])
     weights, learned, state = (
         copy.deepcopy(network.state_dict()),
-        copy.deepcopy(strategy.tensors()),
+        copy.deepcopy(strategy.state_dict()),
         torch.get_rng_state(),
     )
     report = diagnose(network, images, strategy, seed=3, **QUIET)
     assert report == json.loads(json.dumps(report)) == diagnose(network, images, strategy, seed=3, **QUIET)
     assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
-    assert all(torch.equal(learned[key], value) for key, value in strategy.tensors().items())
+    assert all(torch.equal(learned[key], value) for key, value in strategy.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert set(report["layers"]) == {
         "overlap",
@@ -257,13 +258,13 @@ def test_every_strategy(images, network, name):
 
 
 def test_negatives_between_layers_are_drawn_there(images, network):
-    "Layer 2 reads what `between` gives it, not what layer 1 makes of the negatives."
+    "Layer 2 reads what `before` gives it, not what layer 1 makes of the negatives."
 
     class Same(STRATEGIES["layer_wise"]):
         name = "same"
 
-        def between(self, h, y, layer, generator=None):
-            return torch.cat([h[: len(y)], h[: len(y)]])
+        def before(self, s, height, top, generator):
+            return s if height == 1 else replace(s, x=torch.cat([s.x[: len(s.y)]] * 2))
 
     assert diagnose(network, images, Same(4), **QUIET)["layers"]["overlap"][1] == 0.5
 
@@ -277,15 +278,11 @@ def test_seed_and_samples(images, network):
 
 
 class Convolution(nn.Sequential):
-    units = 32
-
     def __init__(self):
         super().__init__(nn.Conv2d(1, 2, 3), nn.ReLU())
 
 
 class Stubborn(nn.Module):
-    units = 36
-
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(36))

@@ -47,8 +47,8 @@ def test_the_harness_notices_a_run_that_comes_back_differently(tmp_path):
     "A library that forgets its momentum resumes to other weights, and the harness must say so."
     script = """
 import sys
-from ff_research import training
-training._SGD.state = lambda self: {}
+from ff_research.optimisers import MomentumSGD
+MomentumSGD.state = lambda self: {}
 from tests.faults import kills
 lines, faults = kills.kill(4, seed=3, tell=lambda text: None)
 sys.exit(not any("another row" in fault for fault in faults))

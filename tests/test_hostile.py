@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from ff_research import recipes, results, training
+from ff_research import recipes, results
+from ff_research.checkpoints import read_checkpoint
 from ff_research.data import load, load_npz
 from ff_research.recipes import RECIPES, Recipe, recipe, run, run_and_keep, run_many
 from ff_research.results import DamagedRow, column, latest, publish, published, read_rows
@@ -484,7 +485,7 @@ def test_a_good_checkpoint_is_taken(run_of):
 def test_torch_files_are_not_unpickled(tmp_path):
     torch.save({"epoch": fuzz.Payload(tmp_path / "canary")}, tmp_path / "run.safetensors")
     with guarded(tmp_path):
-        assert judged(lambda: training.read_checkpoint(tmp_path / "run.safetensors", {}), "run.safetensors") is None
+        assert judged(lambda: read_checkpoint(tmp_path / "run.safetensors", {}, 1), "run.safetensors") is None
     assert not (tmp_path / "canary").exists()
 
 

@@ -1,5 +1,7 @@
-"""What users install: the sdist holds all it takes to build, the wheel built from it holds the package and the published rows."""
+"""What users install: the sdist holds what building takes, the wheel built from it the package and published rows."""
 
+import ast
+import importlib
 import json
 import shutil
 import subprocess
@@ -61,7 +63,7 @@ def test_wheel_holds_the_package_and_the_published_rows(built):
     tree, _, wheel = built
     files = {
         path.relative_to(tree).as_posix(): path.read_bytes()
-        for pattern in ("*.py", "published/*.jsonl", "published/*/*.jsonl")
+        for pattern in ("*.py", "py.typed", "published/*.jsonl", "published/*/*.jsonl")
         for path in (tree / "ff_research").glob(pattern)
     }
     assert "ff_research/published/probe.jsonl" in files
@@ -90,6 +92,22 @@ def test_metadata_follows_settings(built):
     )
     assert set(metadata.get_all("Provides-Extra")) == {"book", "ray", "dev"}
     assert "ff-research = ff_research.cli:main" in entry_points
+
+
+def test_lazy_names_are_the_modules_own():
+    "Each name that a type checker sees is there, and is what its module calls so."
+    import ff_research
+
+    tree = ast.parse((ROOT / "ff_research" / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    typed = {name: module for name, module in typed.items() if module.startswith("ff_research.")}
+    assert sorted(typed) == sorted(ff_research.__all__) and set(typed) < set(dir(ff_research))
+    for name, module in typed.items():
+        assert getattr(ff_research, name) is getattr(importlib.import_module(module), name), name
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        ff_research.trian  # noqa: B018
 
 
 def test_versions_agree():

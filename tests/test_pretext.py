@@ -1,4 +1,4 @@
-"""Pretext tasks: against torch, numpy and hand-made pictures; what the draw may know, what is kept, and what has no answer."""
+"""Pretext tasks: against torch, numpy and hand-made pictures; what the draw may know, what is kept."""
 
 import itertools
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from ff_research.data import Images, centred, hold_out, load, validation_size
-from ff_research.pretext import PRETEXTS, _arrangements, pretext
+from ff_research.pretext import PRETEXTS, pretext
 
 each_task = pytest.mark.parametrize("task", PRETEXTS)
 
@@ -63,9 +63,16 @@ def test_wide_pictures_can_be_mirrored_and_cut_up():
         )
 
 
+def arrangements(task, height, width):
+    "From where each class takes its pixels, `[classes, pixels]`: read off images whose pixels say where they stand."
+    x = torch.arange(float(height * width)).view(1, 1, height, width).expand(48, -1, -1, -1)
+    made = pretext(Images("places", x, torch.zeros(48).long(), x, torch.zeros(48).long(), 2), task)
+    return torch.stack([made.x_train[made.y_train == k][0].flatten().long() for k in range(PRETEXTS[task])])
+
+
 @each_task
 def test_classes_are_a_group_of_permutations(task):
-    table = _arrangements(task, 4, 4)
+    table = arrangements(task, 4, 4)
     assert table.shape == (PRETEXTS[task], 16) and torch.equal(table[0], torch.arange(16))
     assert torch.equal(table.sort(1).values, torch.arange(16).expand_as(table))
     rows = {tuple(row) for row in table.tolist()}
@@ -82,7 +89,7 @@ def test_four_quarter_turns_and_two_flips_are_none():
         ("flips", 2, 2),
         ("flips", 3, 2),
     ):
-        order, places = _arrangements(task, 8, 8)[k], torch.arange(64)
+        order, places = arrangements(task, 8, 8)[k], torch.arange(64)
         x = images.x_train.flatten(2)
         for turn in range(times):
             assert torch.equal(x, images.x_train.flatten(2)) == (turn == 0)
@@ -95,7 +102,7 @@ def test_everything_can_be_undone_and_class_0_is_the_picture(task):
     images = pictures(100, 3, 8, 8)
     made = pretext(images, task)
     back = made.x_train.flatten(2).gather(
-        2, _arrangements(task, 8, 8).argsort(1)[made.y_train][:, None].expand(-1, 3, -1)
+        2, arrangements(task, 8, 8).argsort(1)[made.y_train][:, None].expand(-1, 3, -1)
     )
     assert torch.equal(back.view_as(images.x_train), images.x_train)
     same = (made.x_train == images.x_train).flatten(1).all(1)

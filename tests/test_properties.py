@@ -1,4 +1,7 @@
-"""Properties of every strategy, objective, layer and read-out: any images, permutations, what should not matter, gradients, and what stays untouched."""
+"""Properties of every strategy, objective, layer and read-out.
+
+Any images, permutations, what should not matter, gradients, and what stays untouched.
+"""
 
 import copy
 import random
@@ -13,21 +16,22 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from ff_research.backprop import train_backprop
 from ff_research.data import Images
 from ff_research.entropy import entropic, entropy_loss
 from ff_research.goodness import (
-    hinton,
     hinton_loss,
     mean_activity,
     mean_of_squares,
     sum_of_squares,
-    swish_symba,
     swish_symba_loss,
-    symba,
     symba_loss,
 )
 from ff_research.labels import labelled, neutral, overlay, wrong_labels
-from ff_research.layers import FFLinear, Network, PeerNormalisation, activities, normalise, prepare
+from ff_research.layers import FFLinear, normalise, prepare
+from ff_research.learners import FusedLearner, Learner
+from ff_research.network import Network, activities
+from ff_research.objectives import PeerNormalisation, ProjectionObjective, hinton, swish_symba, symba
 from ff_research.readout import (
     features,
     fit_probe,
@@ -37,8 +41,10 @@ from ff_research.readout import (
     per_label_goodness,
     softmax_head,
 )
-from ff_research.strategies import STRATEGIES, ProjectionObjective, blur_matrix, make_strategy, scff_loss
-from ff_research.training import SCHEDULES, Workspace, _Learner, train, train_backprop
+from ff_research.schedules import SCHEDULES
+from ff_research.strategies import STRATEGIES, blur_matrix, make_strategy, scff_loss
+from ff_research.streams import Streams, written_out
+from ff_research.training import train
 
 CPU = dict(precision="fp32", device="cpu")
 QUIET = CPU | dict(progress=False)
@@ -114,14 +120,7 @@ def made(name, batch, x, y, network=None, seed=0):
     if STRATEGIES[name].has_negatives:
         parts.append(make_strategy(name, batch.classes).generate(x, y, network, seeded(seed)))
     streams = make_strategy(name, batch.classes).streams(x, y, network, seeded(seed))
-    return [
-        *parts,
-        streams
-        if isinstance(streams, torch.Tensor)
-        else streams.prepare(None, torch.float32).dense()
-        if hasattr(streams, "prepare")
-        else streams.dense(),
-    ]
+    return [*parts, written_out(prepare(streams.x))]
 
 
 @each
@@ -169,12 +168,13 @@ def test_a_batch_of_one(name, batch):
 @examples(8)
 @given(batch=batches(least=6), view=views)
 def test_every_strategy_trains_on_any_images(name, batch, view):
-    n, network = len(batch.y), batch.network(peer=0.03)
+    n, network = len(batch.y), batch.network()
     images = Images("random", VIEWS[view](batch.x), batch.y, batch.x, batch.y, batch.classes)
     size = (
         n if name == "class_confusion" else 3 if n % 3 != 1 else 5
     )  # batches of one class, or of one image, are refused
-    history = train(network, images, make_strategy(name, batch.classes), epochs=1, batch_size=size, **QUIET)
+    options = dict(epochs=1, peer=0.03, batch_size=size, **QUIET)
+    history = train(network, images, make_strategy(name, batch.classes), **options)
     assert all(np.isfinite(history.column("loss")[0])) and all(torch.isfinite(p).all() for p in network.parameters())
     assert all(p.grad is None for p in network.layers.parameters())
 
@@ -249,7 +249,9 @@ def test_one_thread_or_two(name):
         with threads(count):
             network = Network([256, 160, 160])
             train(network, images, make_strategy(name, 4), epochs=1, lr=1e-4, batch_size=120, **QUIET)
-            read = label_goodness(network, images.x_test, 4, **CPU), *features(network, images.x_test, 4, **CPU)
+            labels = make_strategy("label_embedding", 4)
+            g = label_goodness(network, images.x_test, 4, strategy=labels, **CPU)
+            read = g, *features(network, images.x_test, 4, **CPU)
             ends.append([*(p.detach() for p in network.layers.parameters()), *read])
     for a, b in zip(*ends):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -285,11 +287,16 @@ OBJECTIVES = {
     "hinton, mean activity": hinton(theta=0.4, scale=5.0, goodness=mean_activity),
     "symba": symba(),
     "swish_symba": swish_symba(),
-    "scff": make_strategy("self_contrastive", 10).objective(7),
-    "scff, layer 2": make_strategy("self_contrastive", 10).objective(7, layer=2),
+    "scff": make_strategy("self_contrastive", 10).objective(FFLinear(7, 7), 1),
+    "scff, layer 2": make_strategy("self_contrastive", 10).objective(FFLinear(7, 7), 2),
     "entropic": entropic(),
 }
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+def alone(h, y):
+    "Streams of labelled images without negatives."
+    return Streams(h, y, (len(h),))
 
 
 @each_objective
@@ -298,7 +305,7 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=O
 def test_losses_do_not_know_the_order_of_pairs(objective, rows, generator):
     h, gamma = (
         torch.rand(2 * rows, 7, generator=generator, dtype=torch.float64),
-        torch.rand(2 * rows, generator=generator, dtype=torch.float64),
+        torch.rand(2 * rows, 1, generator=generator, dtype=torch.float64),
     )
     order = torch.randperm(rows, generator=generator)
     both = torch.cat([order, order + rows])
@@ -317,7 +324,7 @@ def test_projection_does_not_know_the_order_of_images(rows, generator):
         ProjectionObjective(7, 5),
     )
     order = torch.randperm(rows, generator=generator)
-    (loss, g), (permuted, g_permuted) = objective(h, y), objective(h[order], y[order])
+    (loss, g), (permuted, g_permuted) = objective(h, alone(h, y)), objective(h[order], alone(h[order], y[order]))
     torch.testing.assert_close(permuted, loss)
     torch.testing.assert_close(g_permuted, g[order])
 
@@ -327,6 +334,11 @@ def test_projection_does_not_know_the_order_of_images(rows, generator):
 def test_streams_of_unequal_length_are_refused(objective, rows):
     with pytest.raises(ValueError, match=f"{rows} rows of activity: expected positives and as many negatives"):
         objective(torch.rand(rows, 7))
+    h = torch.rand(2 * rows, 7)
+    for sizes in ((rows + 1, rows - 1), (2 * rows,), (1,) * (2 * rows + 2)):
+        if sizes != (1, 1):
+            with pytest.raises(ValueError, match=r"expected two streams of one size|rows of activity for"):
+                objective(h, Streams(h, None, sizes))
 
 
 # What should not matter does not
@@ -335,7 +347,9 @@ def test_streams_of_unequal_length_are_refused(objective, rows):
 @examples(12)
 @given(batch=batches(least=1), power=st.floats(-1, 4))
 def test_brightness_means_nothing_to_plain_images(batch, power):
-    "Activities are normalised, and so are images; only far below the 1e-8 that guards a division by zero would brightness show."
+    """Activities are normalised, and so are images; only far below the 1e-8 that guards a division by zero would
+    brightness show.
+    """
     x, network = batch.x.float() / (255 if batch.x.dtype == torch.uint8 else 1), batch.network()
     for a, b in zip(features(network, 10**power * x, **CPU), features(network, x, **CPU)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -344,7 +358,9 @@ def test_brightness_means_nothing_to_plain_images(batch, power):
 @examples(10)
 @given(batch=batches(least=1), generator=permutations)
 def test_renaming_classes_renames_columns(batch, generator):
-    "Label pixels and their weights change places together: the goodness moves to the new column and nothing else happens."
+    """Label pixels and their weights change places together: the goodness moves to the new column and nothing else
+    happens.
+    """
     network, order = batch.network(), torch.randperm(batch.classes, generator=generator)
     g, renamed = label_goodness(network, batch.x, batch.classes, **CPU), copy.deepcopy(network)
     renamed.layers[0].weight.data[:, : batch.classes] = network.layers[0].weight[:, order].detach()
@@ -482,7 +498,7 @@ def test_gradients_of_losses(loss, rows, scale, seed):
 @given(rows=rows, seed=st.integers(0, 99))
 def test_gradients_of_objectives(objective, rows, seed):
     draw = seeded(seed)
-    gamma = torch.rand(2 * rows, generator=draw, **double)
+    gamma = torch.rand(2 * rows, 1, generator=draw, **double)
     check(lambda h: objective(h, gamma=gamma)[0], 0.05 + torch.rand(2 * rows, 7, generator=draw, **double))
 
 
@@ -495,9 +511,9 @@ def test_gradients_of_projection_goodness_and_normalisation(rows, seed):
         torch.randint(0, 4, (rows,), generator=draw),
         ProjectionObjective(7, 4).double(),
     )
-    check(lambda h: objective(h, y)[0], h)
+    check(lambda h: objective(h, alone(h, y))[0], h)
     check(lambda m: F.cross_entropy(F.linear(h, m), y), objective.projection)
-    objective(h, y)[0].backward()
+    objective(h, alone(h, y))[0].backward()
     error = (h @ objective.projection.T).softmax(1) - F.one_hot(y, 4)
     torch.testing.assert_close(objective.projection.grad, (error.T @ h / rows).detach())
     for function in (sum_of_squares, mean_of_squares, mean_activity, normalise):
@@ -522,10 +538,8 @@ class Own(nn.Module):
     def __init__(self, channels, height, width, seed=0):
         super().__init__()
         self.shape = channels, height, width
-        self.conv, self.units = (
-            nn.utils.skip_init(nn.Conv2d, channels, 2, 3, padding=1),
-            2 * height * width,
-        )  # draws no random numbers
+        self.conv = nn.utils.skip_init(nn.Conv2d, channels, 2, 3, padding=1)  # draws no random numbers
+        self.units = 2  # channels, which an objective with a projection asks for
         nn.init.normal_(self.conv.weight, std=0.5, generator=seeded(seed))
         nn.init.constant_(self.conv.bias, 0.1)
 
@@ -573,15 +587,18 @@ def test_gradients_of_layers_and_networks(rows, seed):
     full=st.booleans(),
     peer=st.sampled_from([0.0, 3.0]),
     seed=st.integers(0, 999),
-    heard=st.booleans(),
+    received=st.booleans(),
 )
-def test_the_closed_form_update_is_autograds(objective, count, full, peer, seed, heard):
-    "One float32 step of length 1 against float64 autograd through the whole layer, gamma and peer normalisation included."
+def test_updates_are_those_of_autograd_in_float64(objective, count, full, peer, seed, received):
+    """One float32 step of length 1 against float64 autograd through the whole layer, gamma and peer normalisation
+    included.
+    """
     draw, pairs = seeded(seed), not isinstance(objective, ProjectionObjective)
     y = torch.randint(0, 4, (count,), generator=draw)
     x, images = None, torch.rand(count, 1, 3, 5, generator=draw)
     x = prepare(labelled(images, torch.stack([y, wrong_labels(y, 4, draw)]), 4), 15) if pairs else prepare(images, 15)
-    gamma = 3 * torch.rand(2 * count, generator=draw) if heard and pairs else 0.0
+    s = Streams(x, y, (count, count) if pairs else (count,))
+    gamma = 3 * torch.rand(2 * count, 1, generator=draw) if received and pairs else 0.0
     layer, peers = FFLinear(15, 9, full, draw), PeerNormalisation(9, peer) if peer else None
     layer.bias.data.normal_(std=0.1, generator=draw)
     theirs, reference, their_peer = (
@@ -590,18 +607,22 @@ def test_the_closed_form_update_is_autograds(objective, count, full, peer, seed,
         copy.deepcopy(peers),
     )
     h = theirs((x.dense() if pairs else x).double())
-    loss, g = reference(h, y, gamma=gamma.double() if isinstance(gamma, torch.Tensor) else gamma)
+    loss, g = reference(h, s, gamma=gamma.double() if isinstance(gamma, torch.Tensor) else gamma)
     (loss if peers is None else loss + their_peer.double()(h[:count].mean(0))).backward()
 
-    mine = copy.deepcopy(layer)
-    _, my_loss, my_g = _Learner(
-        mine, copy.deepcopy(objective), peers, "sgd", 1.0, 0.0, torch.float32, Workspace()
-    ).learn(x, y, count, gamma=gamma)
-    for p, start, end in zip(theirs.parameters(), layer.parameters(), mine.parameters()):
-        largest = max(1.0, p.grad.abs().max().item())
-        torch.testing.assert_close((start - end).detach().double(), p.grad, rtol=1e-4, atol=2e-5 * largest)
-    torch.testing.assert_close(my_loss.double(), loss.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(my_g.double(), g.detach(), rtol=1e-4, atol=1e-4)
+    for kind in (FusedLearner, Learner):
+        mine, own = copy.deepcopy(layer), copy.deepcopy(objective)
+        own.peers = copy.deepcopy(peers)
+        learner = kind(mine, own, "sgd", 1.0, 0.0)
+        with torch.no_grad():
+            learner.activity([x])
+            my_loss, my_g = learner.learn(s, gamma)
+        for p, start, end in zip(theirs.parameters(), layer.parameters(), mine.parameters()):
+            largest = max(1.0, p.grad.abs().max().item())
+            torch.testing.assert_close((start - end).detach().double(), p.grad, rtol=1e-4, atol=2e-5 * largest)
+        if peers is None or kind is FusedLearner:
+            torch.testing.assert_close(my_loss.double(), loss.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(my_g.double(), g.detach(), rtol=1e-4, atol=1e-4)
 
 
 # A user's own layers
@@ -619,20 +640,20 @@ def test_own_layers_train_with_every_strategy_and_are_read(name):
     before = [p.detach().clone() for p in network.layers.parameters()]
     train(network, images, make_strategy(name, 3), epochs=2, batch_size=12, **QUIET)
     assert all(torch.isfinite(p).all() and not torch.equal(p, q) for p, q in zip(network.layers.parameters(), before))
-    assert label_goodness(network, x, 3, **CPU).shape == (24, 3) and [
-        f.shape[1] for f in features(network, x, **CPU)
-    ] == [40, 6]
+    assert label_goodness(network, x, 3, strategy=make_strategy("label_embedding", 3), **CPU).shape == (24, 3)
+    assert [f.shape[1] for f in features(network, x, **CPU)] == [40, 6]
     assert linear_probe(network, images, **CPU)["test"].keys() == {"layer_1", "layer_2"}
 
 
-def test_an_own_layer_gets_its_hooks_once():
-    "Each training, and each network that a layer is put into, would otherwise leave another pair."
+def test_an_own_layer_stays_as_it_was_but_for_its_weights():
+    "Networks and trainings leave nothing in it: no hooks, no attributes."
     x, y, network = torch.rand(12, 1, 5, 4, generator=seeded()), torch.arange(12) % 3, own_network()
-    images = Images("random", x, y, x, y, 3)
+    images, before = Images("random", x, y, x, y, 3), set(vars(network.layers[0]))
     for _ in range(3):
         train(network, images, make_strategy("label_embedding", 3), epochs=1, **QUIET)
     Network(list(network.layers))
-    assert len(network.layers[0]._forward_hooks) == len(network.layers[0]._forward_pre_hooks) == 1
+    assert set(vars(network.layers[0])) == before
+    assert not network.layers[0]._forward_hooks and not network.layers[0]._forward_pre_hooks
 
 
 # Nothing of the user's is touched

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ff_research.data import load
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.reach import CHANGES, reach_row, readings, sensitivity
 from ff_research.readout import features
 from ff_research.strategies import STRATEGIES

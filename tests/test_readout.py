@@ -7,9 +7,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from ff_research.backprop import train_backprop
 from ff_research.goodness import mean_activity, mean_of_squares, sum_of_squares
 from ff_research.labels import neutral, overlay
-from ff_research.layers import Network, activities
+from ff_research.network import Network, activities
 from ff_research.readout import (
     Probe,
     features,
@@ -23,7 +24,7 @@ from ff_research.readout import (
     softmax_head,
 )
 from ff_research.strategies import STRATEGIES
-from ff_research.training import train, train_backprop
+from ff_research.training import train
 
 CPU = dict(precision="fp32", device="cpu")
 
@@ -51,7 +52,8 @@ def naive(network, x, num_classes, first, goodness):
 @pytest.mark.parametrize("num_classes", [2, 10, 64])
 def test_label_goodness_is_the_loop_over_labels(digits, network, goodness, first, num_classes):
     x = digits.x_test[:23]
-    fast = label_goodness(network, x, num_classes, first=first, goodness=goodness, batch_size=7, **CPU)
+    how = dict(first=first, goodness=goodness, strategy=STRATEGIES["label_embedding"](num_classes), batch_size=7)
+    fast = label_goodness(network, x, num_classes, **how, **CPU)
     torch.testing.assert_close(fast, naive(network, x, num_classes, first, goodness), rtol=1e-4, atol=1e-4)
 
 
@@ -73,6 +75,19 @@ def test_network_of_one_layer_is_read_by_its_first(digits):
     one = Network([64, 30])
     train(one, digits, STRATEGIES["label_embedding"](10), epochs=10, progress=False, **CPU)
     assert per_label_goodness(one, digits, **CPU) == per_label_goodness(one, digits, first=1, **CPU) < 60
+
+
+@pytest.mark.parametrize("name", ["image_mixing", "mono_forward"])
+def test_labels_that_no_training_contrasted_are_not_read(digits, name):
+    "By whom a network was trained decides, unless another way to write labels is asked for."
+    other = Network([64, 20, 20])
+    train(other, digits, STRATEGIES[name](10), epochs=1, progress=False, **CPU)
+    for read in (per_label_goodness, lambda n, d, **how: label_goodness(n, d.x_test, 10, **how)):
+        with pytest.raises(ValueError, match=f"n/a: the network was trained by {name}"):
+            read(other, digits, **CPU)
+    x, labels = digits.x_test[:9], STRATEGIES["label_embedding"](10)
+    asked = label_goodness(other, x, 10, strategy=labels, **CPU)
+    torch.testing.assert_close(asked, naive(other, x, 10, 2, sum_of_squares), rtol=1e-4, atol=1e-4)
 
 
 def test_one_image(digits, network):
@@ -108,7 +123,7 @@ def test_reading_changes_nothing(digits, network):
     assert torch.equal(digits.x_test, before[1]) and torch.equal(torch.get_rng_state(), before[2])
 
 
-# The linear reader
+# The linear probe
 
 
 def value(probe, f, y):
@@ -291,7 +306,7 @@ def test_wrong_input(digits, network, call, message):
     assert message in str(error.value)
 
 
-# The reader in closed form
+# The probe in closed form
 
 
 def some_features(n=400, d=30, dtype=torch.float32):

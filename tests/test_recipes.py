@@ -17,7 +17,7 @@ import torch
 import ff_research
 from ff_research import recipes
 from ff_research.data import as_float, load
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.readout import fit_probe, fit_ridge, linear_probe, probe_errors
 from ff_research.recipes import RECIPES, Recipe, recipe, run, run_and_keep, run_many
 from ff_research.results import DamagedRow, read_rows

@@ -37,7 +37,10 @@ from ff_research.results import (
 
 def start(code, *arguments, **options):
     "A process of its own that has `append_row` and `path`."
-    head = "import sys\nfrom pathlib import Path\nfrom ff_research.results import append_row, read_rows, same_run\npath = Path(sys.argv[1])\n"
+    head = (
+        "import sys\nfrom pathlib import Path\n"
+        "from ff_research.results import append_row, read_rows, same_run\npath = Path(sys.argv[1])\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", head + code, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that is really killed resumes to the bits of an unbroken one; unusable checkpoints are refused and lose nothing."""
+"""Checkpoints: a killed run resumes to the bits of an unbroken one; unusable ones are refused and lose nothing."""
 
 import json
 import os
@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ff_research.backprop import train_backprop
+from ff_research.checkpoints import History, read_checkpoint, save_checkpoint
 from ff_research.data import hold_out, load
-from ff_research.goodness import symba
-from ff_research.layers import Network
+from ff_research.network import Network
+from ff_research.objectives import symba
 from ff_research.strategies import STRATEGIES
-from ff_research.training import History, read_checkpoint, save_checkpoint, train, train_backprop
+from ff_research.training import train
 
 LABELS = STRATEGIES["label_embedding"]
 EPOCHS, BATCHES = 4, 15  # of digits, in batches of 100
@@ -32,15 +34,15 @@ RUNS = {
 
 
 def run(name, checkpoint=None, strategy=None):
-    "One of the runs above: its weights, what peer normalisation remembers, and its history without the seconds."
+    "One of the runs above: its weights, what objectives and strategy remember, and its history without the seconds."
     options = dict(epochs=EPOCHS, checkpoint=checkpoint, progress=False, device="cpu", precision="fp32") | RUNS[name]
     forward, strategy = (
         options.pop("method") == "train",
         strategy or STRATEGIES[options.pop("strategy", "label_embedding")](10),
     )
-    network = Network([64, 40, 40], peer=0.03, full_gradient=forward)
+    network = Network([64, 40, 40], full_gradient=forward)
     if forward:
-        history = train(network, load("digits"), strategy, **options)
+        history = train(network, load("digits"), strategy, peer=0.03, **options)
     else:
         history = train_backprop(network, load("digits"), **options)
     return network.state_dict(), [epoch | dict(seconds=0) for epoch in history.epochs]
@@ -66,11 +68,11 @@ strategy = None
 if where == "write":            # in the middle of writing a checkpoint
     os.fsync = die_at(os.fsync)
 elif name == "backprop":        # in the middle of an epoch
-    import ff_research.training as training
-    training._Backprop.learn = die_at(training._Backprop.learn)
-else:
-    import ff_research.training as training
-    training._Learner.learn = die_at(training._Learner.learn)
+    from ff_research.backprop import EndToEnd
+    EndToEnd.learn = die_at(EndToEnd.learn)
+else:                           # between two layers of a batch
+    from ff_research.learners import FusedLearner
+    FusedLearner.learn = die_at(FusedLearner.learn)
 test_resume.run(name, sys.argv[6])
 """
 
@@ -204,8 +206,9 @@ def test_of_another_run(path, digits, changes, message):
 
 
 def test_of_another_network(path, digits):
-    for network in (Network([64, 30, 20]), Network([64, 20, 20], peer=0.1), Network([64, 20, 20, 20])):
-        said = refused(path, digits, network)
+    others = (Network([64, 30, 20]), {}), (Network([64, 20, 20]), dict(peer=0.1)), (Network([64, 20, 20, 20]), {})
+    for network, options in others:
+        said = refused(path, digits, network, **options)
         assert "belongs to another run: network is" in said and "\\n" not in said
 
 
@@ -225,11 +228,12 @@ def test_shapes_that_do_not_match(path, digits):
     "The settings agree, a tensor does not."
     tensors = load_file(path)
     settings = settings_of(path)
-    tensors["layer.1.weights.0"] = torch.zeros(3, 3)
-    generator = torch.Generator()
-    generator.set_state(tensors.pop("generator"))
-    save_checkpoint(path, tensors, 0, settings, History(), generator)
-    assert "belongs to another network: layer.1.weights.0" in refused(path, digits)
+    tensors["network.layers.1.weight"] = torch.zeros(3, 3)
+    generators = {name: torch.Generator() for name in ("generator", "torch")}
+    for name, generator in generators.items():
+        generator.set_state(tensors.pop(name))
+    save_checkpoint(path, tensors, 0, settings, History(), generators)
+    assert "belongs to another network: network.layers.1.weight" in refused(path, digits)
 
 
 def settings_of(path):
@@ -275,12 +279,12 @@ def test_full_disk_keeps_the_old_checkpoint(path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may grow beyond this
         with pytest.raises(OSError, match="cannot write the checkpoint"):
-            save_checkpoint(path, dict(big=torch.zeros(10_000)), 2, settings, History(), torch.Generator())
+            save_checkpoint(path, dict(big=torch.zeros(10_000)), 2, settings, History(), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == bits and [p.name for p in path.parent.iterdir()] == [path.name]
-    assert read_checkpoint(path, settings)[0] == 2
+    assert read_checkpoint(path, settings, 2)[0] == 2
 
 
 def test_a_flipped_bit_is_noticed(path, digits):

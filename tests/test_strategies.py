@@ -1,19 +1,22 @@
-"""Strategies: what all ten promise on any images, what each one does at its edges, and checkpoints that hold what a strategy learns."""
+"""Strategies: what all promise on any images, each one's edges, and checkpoints that hold what a strategy learns."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from ff_research import strategies
+from ff_research.backprop import train_backprop
 from ff_research.data import Images
 from ff_research.labels import overlay
-from ff_research.layers import Network, add_product_gradient, normalise, product
+from ff_research.layers import add_product_gradient, normalise, prepare, product
+from ff_research.network import Network, ready
+from ff_research.readout import label_goodness
 from ff_research.strategies import (
     STRATEGIES,
     LabelEmbeddingStrategy,
     MaskingStrategy,
-    Paired,
     PlainPositives,
     Strategy,
     blur_matrix,
@@ -25,8 +28,8 @@ from ff_research.strategies import (
     shifted,
     unlike,
 )
-from ff_research.readout import label_goodness
-from ff_research.training import train, train_backprop
+from ff_research.streams import Paired
+from ff_research.training import train
 
 TEN = [
     "label_embedding",
@@ -86,9 +89,8 @@ def test_promises(name, shape, dtype):
     positive = strategy.create_positive(x, y)
     streams = strategy.streams(x, y, network, seeded())
     assert positive.shape == x.shape and positive.dtype == torch.float32
-    assert (streams.rows if not isinstance(streams, torch.Tensor) else len(streams)) == len(x) * (
-        classes if strategy.many_negatives else 1 + strategy.has_negatives
-    )
+    assert streams.sizes == (len(x),) * (classes if strategy.many_negatives else 1 + strategy.has_negatives)
+    assert streams.x.shape == (sum(streams.sizes), *x.shape[1:]) and torch.equal(streams.y, y)
     assert positive.data_ptr() != x.data_ptr()
     if strategy.has_negatives:
         for asked in (network, None):
@@ -115,7 +117,7 @@ def test_no_two_strategies_are_one(digits):
     for name in WITH:
         strategy = make_strategy(name, 10)
         if name == "hard_mining":
-            strategy.begin(network)
+            strategy.begin(network, x[:2])
             strategy.bias += torch.arange(10.0)
         made[name] = strategy.generate(x, y, network, seeded(3))
     assert not [(a, b) for i, a in enumerate(WITH) for b in WITH[:i] if torch.equal(made[a], made[b])]
@@ -259,7 +261,7 @@ def test_adversarial_refuses_steps_out_of_range(epsilon):
 def test_hard_mining_learns_its_own_head_and_nothing_else(digits):
     network, strategy = Network([64, 40, 40]), make_strategy("hard_mining", 10)
     x, y = digits.x_train[:300], digits.y_train[:300]
-    strategy.begin(network)
+    strategy.begin(network, x[:2])
     before = [p.detach().clone() for p in network.parameters()]
     f, losses = strategy.features(x, network), []
     weight, bias = torch.zeros(40, 10, requires_grad=True), torch.zeros(10, requires_grad=True)
@@ -318,13 +320,13 @@ def test_paired_product_and_gradients(pair):
 
 def test_paired_prepare(digits):
     x, partner = digits.x_train[:40], partners(40, generator=seeded())
-    plain, centred = (Paired(x, partner).prepare(64, torch.float32, standard) for standard in (False, True))
+    plain, centred = (prepare(Paired(x, partner), 64, how=how) for how in ("normalised", "standardised"))
     assert torch.allclose(plain.images, Network([64, 5]).prepare(x))  # training reads what the read-out reads
     assert torch.allclose(centred.images.mean(1), torch.zeros(40), atol=1e-6)
     assert torch.allclose(centred.images.std(1, correction=0), torch.ones(40), atol=1e-4)
-    assert Paired(x, partner).prepare(None, torch.float32).dense().shape == (80, 1, 8, 8)
+    assert prepare(Paired(x, partner)).dense().shape == (80, 1, 8, 8)
     with pytest.raises(ValueError, match="64 pixels"):
-        Paired(x, partner).prepare(65, torch.float32)
+        prepare(Paired(x, partner), 65)
 
 
 @pytest.mark.parametrize("repair", [False, True])
@@ -401,7 +403,7 @@ def test_greedy(name, digits):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, strategy in STRATEGIES.items() if strategy.redraws_between or strategy.many_negatives]
+    "name", [name for name, strategy in STRATEGIES.items() if strategy(10).redraws or strategy.many_negatives]
 )
 @pytest.mark.parametrize("triangle", [False, True])
 def test_a_frozen_layer_is_one_whose_rate_is_0(name, triangle, digits):
@@ -417,17 +419,25 @@ def test_a_frozen_layer_is_one_whose_rate_is_0(name, triangle, digits):
     assert all(torch.equal(a, b) for a, b in zip(one.layers.parameters(), other.layers.parameters()))
 
 
-def test_many_negatives_are_not_heard_by_frozen_layers(digits):
-    with pytest.raises(ValueError, match="all_labels .*several negatives.*collaboration=None"):
-        train(
-            Network([64, 20, 20]),
-            digits,
-            make_strategy("all_labels", 10),
-            epochs=1,
-            schedule="greedy",
-            collaboration="all",
-            **QUIET,
-        )
+@pytest.mark.parametrize("mode", ["all", "previous"])
+def test_many_negatives_and_the_goodness_of_frozen_layers(mode, digits):
+    """One step of the second of two layers, which receives the frozen one's goodness under every label, against
+    autograd.
+    """
+    strategy, network = make_strategy("all_labels", 10), Network([64, 20, 15])
+    start = copy.deepcopy(network)
+    few = Images("few", digits.x_train[:60], digits.y_train[:60], digits.x_test, digits.y_test, 10)
+    options = QUIET | dict(lr=0.1, optimizer="sgd", weight_decay=0.0, batch_size=60)
+    train(network, few, strategy, epochs=(0, 1), schedule="greedy", collaboration=mode, **options)
+    s = ready(start, strategy.streams(few.x_train, few.y_train))
+    h_1 = start.layers[0](s.x).detach()
+    h_2, own = start.layers[1](normalise(h_1)), strategy.objective(start.layers[0], 1)
+    loss, _ = strategy.objective(start.layers[1], 2)(h_2, s, own.goodness(h_1))
+    grads = torch.autograd.grad(loss, list(start.layers[1].parameters()))
+    for p, grad, mine in zip(start.layers[1].parameters(), grads, network.layers[1].parameters()):
+        torch.testing.assert_close(mine.detach(), p.detach() - 0.1 * grad, rtol=1e-3, atol=1e-5)
+    plain = strategy.objective(start.layers[1], 2)(h_2.detach(), s)[0]
+    assert not torch.allclose(loss.detach(), plain)  # what it receives matters
 
 
 @each
@@ -455,7 +465,7 @@ def run(name, images, checkpoint=None, stop=None, **options):
 
         strategy.streams = counted
     history = train(network, images, strategy, epochs=3, seed=4, checkpoint=checkpoint, **QUIET)
-    tensors = network.state_dict() | {f"strategy.{key}": value for key, value in strategy.tensors().items()}
+    tensors = network.state_dict() | {f"strategy.{key}": value for key, value in strategy.state_dict().items()}
     return tensors, json.dumps([epoch | dict(seconds=0) for epoch in history.epochs])
 
 
@@ -521,12 +531,12 @@ def test_a_shift_stays_within_the_image(most):
 def test_scff_with_views_pairs_two_views_of_one_image_and_learns(digits):
     scff = make_strategy("self_contrastive", 10, shift=1)
     x, y = digits.x_train[:50], digits.y_train[:50]
-    pair = scff.streams(x, y, generator=seeded())
+    pair = scff.streams(x, y, generator=seeded()).x
     assert not torch.equal(pair.images, x) and not torch.equal(pair.images, pair.others)
-    ready = pair.prepare(64, torch.float64, standard=True)
-    assert torch.allclose(ready.images.mean(1), torch.zeros(50, dtype=torch.float64), atol=1e-6)
+    made = prepare(pair, 64, torch.float64, "standardised")
+    assert torch.allclose(made.images.mean(1), torch.zeros(50, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(
-        ready.dense(), torch.cat([(ready.images + ready.others) / 2, (ready.images + ready.others[ready.partner]) / 2])
+        made.dense(), torch.cat([(made.images + made.others) / 2, (made.images + made.others[made.partner]) / 2])
     )
     network = Network([64, 40, 40], seed=0, triangle=True)
     history = train(network, digits, scff, epochs=3, **QUIET)
@@ -540,14 +550,16 @@ def test_scff_with_views_pairs_two_views_of_one_image_and_learns(digits):
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_all_labels_is_the_cross_entropy_of_the_read_out(classes, digits):
-    "Its loss is that of a softmax classifier whose logits are alpha times the goodness under every label, and its streams hold every label once."
+    """Its loss is that of a softmax classifier whose logits are alpha times the goodness under every label, and its
+    streams hold every label once.
+    """
     x, y = digits.x_train[:40], digits.y_train[:40] % classes
     strategy, network = make_strategy("all_labels", classes, alpha=7.0), Network([64, 30])
-    h = network.layers[0](network.prepare(strategy.streams(x, y)))
-    loss, g = strategy.objective(30)(h, y)
+    s = ready(network, strategy.streams(x, y))
+    loss, g = strategy.objective(network.layers[0], 1)(network.layers[0](s.x), s)
     goodness = label_goodness(network, x, classes, first=1, precision="fp32", device="cpu")
     assert torch.allclose(loss, torch.nn.functional.cross_entropy(7.0 / 30 * goodness, y), atol=1e-5)
-    assert torch.allclose(30 * g[:40], goodness[torch.arange(40), y], rtol=1e-4) and len(g) == classes * 40
+    assert torch.allclose(30 * g[:40, 0], goodness[torch.arange(40), y], rtol=1e-4) and g.shape == (classes * 40, 1)
 
 
 def test_all_labels_reports_the_share_of_all_pairs(digits):
@@ -559,7 +571,7 @@ def test_all_labels_reports_the_share_of_all_pairs(digits):
     assert seen == pytest.approx(((own[:, None] > g).sum() / (9 * 60)).item(), abs=2e-3)
 
 
-def test_all_labels_with_layers_that_talk(digits):
+def test_all_labels_with_layer_collaboration(digits):
     history = train(
         Network([64, 30, 30]), digits, make_strategy("all_labels", 10), epochs=2, collaboration="all", **QUIET
     )

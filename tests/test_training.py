@@ -9,27 +9,22 @@ import pytest
 import torch
 from torch import nn
 
+from ff_research.backprop import train_backprop
+from ff_research.checkpoints import read_checkpoint
+from ff_research.checks import PRECISIONS, best_device, best_precision
 from ff_research.data import Images
-from ff_research.goodness import hinton, mean_activity, swish_symba, symba
+from ff_research.goodness import mean_activity, symba_loss
 from ff_research.labels import labelled, wrong_labels
-from ff_research.layers import FFLinear, Network, PeerNormalisation, activities, normalise, prepare
-from ff_research.readout import label_goodness, linear_probe
+from ff_research.layers import FFLinear, normalise, prepare
+from ff_research.learners import FusedLearner, Learner
+from ff_research.network import Network, activities
+from ff_research.objectives import Objective, PeerNormalisation, hinton, swish_symba, symba
+from ff_research.optimisers import LR_SCHEDULES, OPTIMIZERS, cool_down
+from ff_research.readout import features, label_goodness, linear_probe
+from ff_research.schedules import SCHEDULES
 from ff_research.strategies import STRATEGIES
-from ff_research.training import (
-    LR_SCHEDULES,
-    OPTIMIZERS,
-    SCHEDULES,
-    Diverged,
-    Workspace,
-    _Learner,
-    _ModuleLearner,
-    best_device,
-    best_precision,
-    cool_down,
-    read_checkpoint,
-    train,
-    train_backprop,
-)
+from ff_research.streams import Streams
+from ff_research.training import Diverged, train
 
 QUIET = dict(precision="fp32", device="cpu", progress=False)
 LABELS = STRATEGIES["label_embedding"]
@@ -41,6 +36,26 @@ def weights(network):
 
 def small(**options):
     return Network([64, 30, 30], **options)
+
+
+def pairs(x, y=None):
+    "Rows of positives, then as many negatives."
+    return Streams(x, y, (len(x) // 2,) * 2)
+
+
+def with_peers(objective, peers):
+    "A copy of an objective that has this peer normalisation, None for none."
+    objective = copy.deepcopy(objective)
+    objective.peers = peers
+    return objective
+
+
+@torch.no_grad()
+def update(learner, s):
+    "One update of a layer, as a step of training makes it: what is handed on, the loss and the goodness."
+    learner.activity([s.x])
+    loss, g = learner.learn(s)
+    return learner.hand_on(), loss, g
 
 
 # One update
@@ -69,11 +84,11 @@ def test_update_is_autograds(objective, full_gradient, peer_weight, dense):
 
     theirs, mine, own_peer = copy.deepcopy(layer), copy.deepcopy(layer), copy.deepcopy(peer)
     h = theirs(x)
-    loss, g = objective(h, y)
+    loss, g = objective(h, pairs(x, y))
     total = loss if peer is None else loss + peer(h[:33].mean(0))
     total.backward()
-    learner = _Learner(mine, objective, own_peer, "sgd", 1.0, 0.0, torch.float32, Workspace())
-    handed_on, my_loss, my_g = learner.learn(x, y, 33)
+    learner = FusedLearner(mine, with_peers(objective, own_peer), "sgd", 1.0, 0.0)
+    handed_on, my_loss, my_g = update(learner, pairs(x, y))
 
     largest = theirs.weight.grad.abs().max().item()
     assert largest > 0
@@ -93,9 +108,7 @@ def test_peer_gradient_is_masked_unless_full():
         layer.bias.data[2] = -100.0
         before = layer.weight[2].detach().clone()
         x = normalise(torch.rand(20, 8))
-        _Learner(layer, hinton(), PeerNormalisation(5, 3.0), "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(
-            x, None, 10
-        )
+        update(FusedLearner(layer, with_peers(hinton(), PeerNormalisation(5, 3.0)), "sgd", 1.0, 0.0), pairs(x))
         assert torch.equal(before, layer.weight[2].detach()) != full_gradient
 
 
@@ -103,9 +116,9 @@ def test_bfloat16_update_is_near_the_float32_one():
     draw = torch.Generator().manual_seed(0)
     x, layer = normalise(torch.rand(200, 64, generator=draw)), FFLinear(64, 40, generator=draw)
     changes = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for precision, dtype in PRECISIONS.items():
         mine = copy.deepcopy(layer)
-        _Learner(mine, symba(), None, "sgd", 1.0, 0.0, dtype, Workspace()).learn(x.to(dtype), None, 100)
+        update(FusedLearner(mine, symba(), "sgd", 1.0, 0.0, precision), pairs(x.to(dtype)))
         assert mine.weight.dtype == torch.float32
         changes.append((mine.weight - layer.weight).detach().flatten())
     assert torch.cosine_similarity(*changes, dim=0) > 0.995
@@ -122,14 +135,12 @@ def test_ten_steps_of_two_layers_are_those_of_torch(objective, optimizer):
         partial(torch.optim.SGD, momentum=0.9) if optimizer == "sgd" else partial(torch.optim.AdamW, weight_decay=0.0)
     )
     optimizers = [make(layer.parameters(), lr=0.01) for layer in theirs.layers]
-    learners = [
-        _Learner(layer, objective, None, optimizer, 0.01, 0.0, torch.float32, Workspace()) for layer in mine.layers
-    ]
+    learners = [FusedLearner(layer, objective, optimizer, 0.01, 0.0) for layer in mine.layers]
     for _ in range(10):
         x = normalise(torch.rand(30, 20, generator=draw))
         a = b = x
         for learner, layer, step in zip(learners, theirs.layers, optimizers):
-            a, _, _ = learner.learn(a, None, 15)
+            a, _, _ = update(learner, pairs(a))
             h = layer(b)
             step.zero_grad()
             objective(h)[0].backward()
@@ -218,7 +229,7 @@ def test_greedy_layers_may_have_epochs_of_their_own(digits):
 class Convolution(nn.Module):
     def __init__(self, channels_in, channels):
         super().__init__()
-        self.channels_in, self.units = channels_in, channels * 64
+        self.channels_in, self.units = channels_in, channels
         self.conv = nn.Conv2d(channels_in, channels, 7, padding=3)
         nn.init.normal_(self.conv.weight, std=0.2 / channels_in**0.5, generator=torch.Generator().manual_seed(0))
 
@@ -226,21 +237,21 @@ class Convolution(nn.Module):
         return self.conv(x.view(len(x), self.channels_in, 8, 8)).relu()
 
 
-def test_module_learner_is_autograd():
+def test_any_modules_update_is_autograds():
+    "Peer normalisation keeps one average a channel, over images and positions."
     draw = torch.Generator().manual_seed(0)
     theirs = Convolution(1, 6)
     mine, x = copy.deepcopy(theirs), torch.rand(40, 1, 8, 8, generator=draw)
-    peer = PeerNormalisation(6 * 64, 3.0)
+    peer = PeerNormalisation(6, 3.0)
     own_peer = copy.deepcopy(peer)
-    h = theirs(x).flatten(1)
-    (hinton()(h)[0] + peer(h[:20].mean(0))).backward()
-    handed_on, _, _ = _ModuleLearner(mine, hinton(), own_peer, "sgd", 1.0, 0.0, torch.float32, Workspace()).learn(
-        x, None, 20
-    )
+    h = theirs(x)
+    (hinton()(h.flatten(1))[0] + peer(h[:20].mean((0, 2, 3)))).backward()
+    handed_on, _, _ = update(Learner(mine, with_peers(hinton(), own_peer), "sgd", 1.0, 0.0), pairs(x))
     for p, q in zip(theirs.parameters(), mine.parameters()):
         torch.testing.assert_close(p.detach() - p.grad, q.detach(), rtol=1e-4, atol=1e-4)
-    assert handed_on.shape == (40, 384)
-    torch.testing.assert_close(handed_on.square().mean(1), torch.ones(40), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(own_peer.mean, peer.mean)
+    assert handed_on.shape == (40, 6, 8, 8)
+    torch.testing.assert_close(handed_on.square().mean((1, 2, 3)), torch.ones(40), rtol=1e-3, atol=1e-3)
 
 
 def test_convolutions_train_and_are_read(digits):
@@ -248,22 +259,23 @@ def test_convolutions_train_and_are_read(digits):
     history = train(network, digits, LABELS(10), epochs=3, optimizer="adamw", lr=3e-3, **QUIET)
     assert all(math.isfinite(v) for epoch in history.column("loss") for v in epoch)
     maps = activities(network, digits.x_test[:5])
-    assert [tuple(h.shape) for h in maps] == [(5, 256)] * 2
+    assert [tuple(h.shape) for h in maps] == [(5, 4, 8, 8)] * 2
+    flat = features(network, digits.x_test[:5], precision="fp32", device="cpu")
+    assert all(torch.equal(f, h.flatten(1)) for f, h in zip(flat, maps))
     assert label_goodness(network, digits.x_test[:5], 10, precision="fp32", device="cpu").shape == (5, 10)
     assert linear_probe(network, digits, precision="fp32", device="cpu")["test"].keys() == {"layer_1", "layer_2"}
 
 
 class Linear(nn.Linear):
-    units = 30
+    flat = True  # fully connected, which the default objective asks for
 
     def forward(self, x):
-        return super().forward(x).relu()
+        return super().forward(x.flatten(1)).relu()
 
 
 def test_custom_linear_layer_learns_what_the_built_in_one_learns(digits):
     built_in, own = Network([64, 30]), Linear(64, 30)
     own.load_state_dict(built_in.layers[0].state_dict())
-    own.inputs = 64
     own = Network([own])
     for network in (built_in, own):
         train(network, digits, LABELS(10), epochs=2, **QUIET)
@@ -276,8 +288,8 @@ def test_custom_linear_layer_learns_what_the_built_in_one_learns(digits):
 def test_same_seed_same_bits_and_other_seed_others(digits):
     runs = []
     for seed in (3, 3, 4):
-        network = small(peer=0.03)
-        train(network, digits, LABELS(10), epochs=2, seed=seed, **QUIET)
+        network = small()
+        train(network, digits, LABELS(10), epochs=2, seed=seed, peer=0.03, **QUIET)
         runs.append(weights(network))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
@@ -304,14 +316,16 @@ def test_backprop_fits_digits(digits, optimizer):
 
 
 def test_backprop_after_forward_forward_with_a_learned_objective(digits):
-    class Scaled(nn.Module):
+    class Scaled(Objective):
         def __init__(self):
             super().__init__()
             self.inner, self.log_scale = symba(), nn.Parameter(torch.zeros(()))
 
-        def forward(self, h, y=None, gamma=0.0, squares=None):
-            loss, g = self.inner(h, y, gamma, squares)
-            return loss * self.log_scale.exp(), g
+        def goodness(self, h, s):
+            return self.inner.goodness(h, s)
+
+        def loss(self, g, s):
+            return self.inner.loss(g, s) * self.log_scale.exp()
 
     network = small()
     train(network, digits, LABELS(10), epochs=1, objective=Scaled(), lr=0.1, **QUIET)
@@ -347,19 +361,19 @@ def test_pairwise_backprop_is_autograds_gradient_of_one_loss(digits, name, objec
         first=first,
         **QUIET,
     )
-    h, total = start.prepare(strategy.given), 0.0
+    h, total = start.prepare(strategy.given.x), 0.0
     for depth, layer in enumerate(start.layers, start=1):
         activity = layer(h)
         h, total = normalise(activity), total + (activity.square().sum(1) if depth >= first else 0.0)
     g_pos, g_neg = total.chunk(2)
     units = activity.shape[1]
-    loss = {"symba_loss": lambda: nn.functional.softplus(4 * (g_neg - g_pos) / units).mean()}.get(
-        getattr(objective, "loss", hinton).__name__,
-        lambda: nn.functional.binary_cross_entropy_with_logits(
+    if objective is not None and objective.of_goodness is symba_loss:
+        loss = nn.functional.softplus(4 * (g_neg - g_pos) / units).mean()
+    else:
+        loss = nn.functional.binary_cross_entropy_with_logits(
             torch.cat([g_pos, g_neg]) - (40.0 if objective else units),
             torch.cat([torch.ones_like(g_pos), torch.zeros_like(g_neg)]),
-        ),
-    )()
+        )
     grads = torch.autograd.grad(loss, list(start.layers.parameters()))
     for before, grad, after in zip(start.layers.parameters(), grads, network.layers.parameters()):
         torch.testing.assert_close(before - 0.5 * grad, after, rtol=1e-3, atol=1e-5)
@@ -508,7 +522,8 @@ def test_float_and_uint8_images_train_alike(digits):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_any_batch_size(digits, batch_size, schedule):
     few = replace(digits, x_train=digits.x_train[:15], y_train=digits.y_train[:15])
-    history = train(small(peer=0.03), few, LABELS(10), epochs=2, batch_size=batch_size, schedule=schedule, **QUIET)
+    options = dict(epochs=2, peer=0.03, batch_size=batch_size, schedule=schedule, **QUIET)
+    history = train(small(), few, LABELS(10), **options)
     assert all(
         math.isfinite(v)
         for key in ("loss", "separation", "g_pos", "g_neg")
@@ -608,7 +623,7 @@ def test_a_diverging_run_stops_and_says_where(digits, tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(Diverged, match=r"diverged in epoch 1, layer 2: the mean loss is (nan|inf)"):
         train(small(), digits, LABELS(10), epochs=5, lr=[1e-3, 1e12], checkpoint=path, **QUIET)
-    with pytest.raises(Diverged, match=r"diverged in epoch 1, layer 2"):
+    with pytest.raises(Diverged, match=r"diverged in epoch 3, layer 2"):  # the first of the second layer
         train(small(), digits, LABELS(10), epochs=2, lr=[1e-3, 1e12], schedule="greedy", **QUIET)
     with pytest.raises(Diverged, match=r"backpropagation diverged in epoch \d"):
         train_backprop(small(), digits, epochs=3, lr=1e30, **QUIET)
@@ -633,15 +648,16 @@ def test_choices_left_to_the_machine():
 @pytest.mark.parametrize("name", ["label_embedding", "hard_mining", "layer_wise", "mono_forward", "image_mixing"])
 def test_steps_played_back_are_the_steps(name, digits, monkeypatch):
     def trained(recorded):
-        network = small(peer=0.03)
+        network = small()
         with monkeypatch.context() as patched:
             if not recorded:
-                patched.setattr("ff_research.training._Recorded.record", lambda self, given: None)
+                patched.setattr("ff_research.training.Recorded.record", lambda self, given: None)
             train(
                 network,
                 digits,
                 STRATEGIES[name](10),
                 epochs=3,
+                peer=0.03,
                 batch_size=90,
                 device="cuda",
                 precision="bf16",
@@ -654,12 +670,15 @@ def test_steps_played_back_are_the_steps(name, digits, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_what_waits_for_the_device_is_not_played_back(digits):
-    class Waits(nn.Module):
+    class Waits(Objective):
         seen = 0
 
-        def forward(self, h, y=None, gamma=0.0, squares=None):
-            self.seen += squares.sum().item() > 0
-            return symba()(h, y, gamma, squares)
+        def goodness(self, h, s):
+            return symba().goodness(h, s)
+
+        def loss(self, g, s):
+            self.seen += g.sum().item() > 0
+            return symba().loss(g, s)
 
     network = small()
     history = train(

@@ -10,11 +10,12 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 
 from ff_research import transfer
+from ff_research.backprop import train_backprop
 from ff_research.data import Images, hold_out
-from ff_research.layers import Network
-from ff_research.readout import features, fit_ridge, head_error, linear_probe
+from ff_research.network import Network
+from ff_research.readout import features, fit_ridge, head_error, held_out, linear_probe
 from ff_research.strategies import STRATEGIES
-from ff_research.training import Diverged, train, train_backprop
+from ff_research.training import Diverged, train
 from ff_research.transfer import fine_tune, low_shot_errors, refit, transfer_errors, transfer_row
 
 CPU = dict(precision="fp32", device="cpu")
@@ -64,7 +65,9 @@ def test_refit_is_pillows_within_its_roundings():
 
 
 def test_refit_by_hand():
-    "Halving averages four pixels: bilinear weights of a factor of two are 1/8, 3/8, 3/8, 1/8, and the picture is one row that repeats."
+    """Halving averages four pixels: bilinear weights of a factor of two are 1/8, 3/8, 3/8, 1/8, and the picture is one
+    row that repeats.
+    """
     x = torch.tensor([[0, 0, 80, 80, 0, 0, 80, 80]] * 4, dtype=torch.uint8)[None, None]
     assert (
         refit(pictures(x), (1, 2, 4)).x_train[0, 0].tolist() == [[11, 60, 20, 69]] * 2
@@ -206,7 +209,7 @@ def balanced(digits):
 @pytest.mark.parametrize("strength", [1.0, 0.01])
 def test_all_labels_are_the_full_ridge(balanced, widths, strength):
     network = Network(widths, seed=2)
-    assert transfer._held(balanced) == 200 and torch.bincount(balanced.y_train[:1000]).tolist() == [100] * 10
+    assert held_out(balanced) == 200 and torch.bincount(balanced.y_train[:1000]).tolist() == [100] * 10
     f, f_test = (torch.cat(features(network, x, **CPU)[1:], 1) for x in (balanced.x_train, balanced.x_test))
     mean, std = f.mean(0), f.std(0, correction=0)
     z, z_test = ((m - mean)[:, std > 0] / std[std > 0] for m in (f, f_test))

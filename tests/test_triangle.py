@@ -1,15 +1,21 @@
-"Layers that hand on what lies above the mean: every place that climbs a network reads the same numbers."
+"Layers that hand on what lies above the mean: whatever goes up a network reads the same numbers."
 
 import pytest
 import torch
 
-from ff_research.diagnostics import _untrained
-from ff_research.goodness import hinton, sum_of_squares
+from ff_research.backprop import train_backprop
+from ff_research.checks import PRECISIONS
+from ff_research.diagnostics import diagnose
+from ff_research.goodness import sum_of_squares
 from ff_research.labels import labelled, neutral, overlay
-from ff_research.layers import Network, activities, hand_on, prepare, product, standardise
+from ff_research.layers import hand_on, prepare, product, standardise
+from ff_research.learners import FusedLearner
+from ff_research.network import Network, activities
+from ff_research.objectives import hinton
 from ff_research.readout import features, label_goodness
-from ff_research.strategies import make_strategy
-from ff_research.training import Workspace, _Learner, train, train_backprop
+from ff_research.strategies import STRATEGIES, make_strategy
+from ff_research.streams import Streams
+from ff_research.training import train
 
 QUIET = dict(precision="fp32", device="cpu", progress=False)
 
@@ -83,14 +89,16 @@ def test_labels_are_read_from_the_same_layers(network, images):
         assert torch.allclose(found[:, k].double(), truth[1][0] + truth[2][0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_a_layer_that_learns_hands_on_the_triangle_of_before_its_step(network, images, dtype, close):
-    layer, x = network.layers[0], prepare(images, 64, dtype, True)
-    learner = _Learner(layer, hinton(), None, "sgd", 0.01, 0.0, dtype, Workspace())
-    twin = learner.twin
-    expected = hand_on(twin, x, twin(x)).clone()
+@pytest.mark.parametrize("precision, close", [("fp32", 1e-5), ("bf16", 0.03)])
+@torch.no_grad()
+def test_a_layer_that_learns_hands_on_the_triangle_of_before_its_step(network, images, precision, close):
+    layer, x = network.layers[0], prepare(images, 64, PRECISIONS[precision], "standardised")
+    learner = FusedLearner(layer, hinton(), "sgd", 0.01, 0.0, precision)
+    expected = hand_on(learner.twin, learner.twin(x)).clone()
     before = layer.weight.clone()
-    handed, _, _ = learner.learn(x, torch.zeros(20, dtype=torch.long), 20)
+    learner.activity([x])
+    learner.learn(Streams(x, None, (20, 20)))
+    handed = learner.hand_on()
     assert (handed - expected).float().square().mean().sqrt() < close and not torch.equal(layer.weight, before)
     assert torch.allclose(handed.float().mean(1), torch.zeros(40), atol=0.01)
 
@@ -98,14 +106,14 @@ def test_a_layer_that_learns_hands_on_the_triangle_of_before_its_step(network, i
 def test_shared_pixels_are_standardised_like_images_written_out(images):
     y = torch.arange(40) % 10
     shared, written = (
-        prepare(labelled(images, torch.stack([y, (y + 1) % 10]), 10), 64, standard=True),
+        prepare(labelled(images, torch.stack([y, (y + 1) % 10]), 10), 64, how="standardised"),
         [overlay(images, y, 10), overlay(images, (y + 1) % 10, 10)],
     )
     weight = torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
     dense = torch.cat([standardise(x.flatten(1)) for x in written])
     assert torch.allclose(product(shared, weight, torch.zeros(7)), dense @ weight.T, atol=1e-4)
     assert torch.allclose(
-        prepare(neutral(images, 10), 64, standard=True), standardise(neutral(images, 10).flatten(1)), atol=1e-6
+        prepare(neutral(images, 10), 64, how="standardised"), standardise(neutral(images, 10).flatten(1)), atol=1e-6
     )
 
 
@@ -145,26 +153,32 @@ def test_own_layers_have_no_triangle():
 @pytest.mark.parametrize("precision, close", [("fp32", 1e-5), ("bf16", 0.05)])
 @pytest.mark.parametrize("name", ["image_mixing", "self_contrastive", "label_embedding"])
 def test_training_reads_images_as_the_read_outs_do(name, precision, close, digits):
-    strategy, seen = make_strategy(name, 10), {}
-    streams = strategy.streams
+    seen = {}
 
-    def watched(*args):
-        seen["inputs"] = streams(*args)
-        return seen["inputs"]
+    class Watched(STRATEGIES[name]):
+        def streams(self, *args):
+            seen["inputs"] = super().streams(*args)
+            return seen["inputs"]
 
-    def between(h, y, layer, generator=None):
-        seen["handed"] = h.clone()
-        return h
+        def before(self, s, height, top, generator):
+            if height == 2:
+                seen["handed"] = s.x.clone()
+            return s
 
-    strategy.streams, strategy.between = watched, between
+    strategy = Watched(10)
     network = Network([64, 60, 30], seed=0, triangle=True)
     train(network, digits, strategy, epochs=1, lr=0.0, batch_size=50, precision=precision, device="cpu", progress=False)
     expected = activities(network, seen["inputs"])[0]
     assert (seen["handed"].float() - expected).square().mean().sqrt() < close
 
 
-def test_diagnostics_draw_the_untrained_network_in_the_same_form(network):
-    start = _untrained(network, 3)
-    assert start.triangle and torch.equal(
-        start.layers[0].weight, Network([64, 30, 20, 25], seed=3, triangle=True).layers[0].weight
-    )
+def test_diagnostics_draw_the_untrained_network_in_the_same_form(digits):
+    "An untrained network is as hard to tell apart as itself, and not as one that hands on something else."
+    strategy = make_strategy("image_mixing", 10)
+    for triangle in (True, False):
+        start = Network([64, 30, 20, 25], seed=3, triangle=triangle)
+        found = diagnose(start, digits, strategy, seed=3, precision="fp32", device="cpu")
+        assert found["negatives"]["hardness_untrained"] == found["layers"]["overlap"]
+    other = Network([64, 30, 20, 25], seed=3, triangle=True)
+    found = diagnose(other, digits, strategy, seed=4, precision="fp32", device="cpu")
+    assert found["negatives"]["hardness_untrained"] != found["layers"]["overlap"]

@@ -1,10 +1,11 @@
-"""Hostile and broken files, made at random but repeatably, and what the library must do with each of them: say so in one line, or read it.
+"""Hostile and broken files, made at random but repeatably: the library must say so in one line, or read them.
 
     python -m tests.faults.fuzz --cases 10000 --seed 0 --out fuzz.jsonl     all four kinds, from the project's root
     python -m tests.faults.fuzz --case npz/shapes/17 --seed 0               one case again
 
-A case fails if the answer is no ValueError or OSError of one line that names the file; if it takes more than `MEMORY_MB`, or `SECONDS`; if anything
-is unpickled, any program started, or any file written outside the case's own folder; and if what was read after all is not sound.
+A case fails if the answer is no ValueError or OSError of one line that names the file; if it takes more than
+`MEMORY_MB`, or `SECONDS`; if anything is unpickled, any program started, or any file written outside the case's own
+folder; and if what was read after all is not sound.
 """
 
 import argparse
@@ -40,8 +41,10 @@ from hypothesis import strategies as st
 
 import ff_research
 from ff_research import cli, recipes, results, training
+from ff_research.backprop import train_backprop
+from ff_research.checkpoints import read_checkpoint as read_back
 from ff_research.data import from_arrays, load, load_npz
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.strategies import STRATEGIES
 
 MEMORY_MB, SECONDS = 200, 20
@@ -92,7 +95,9 @@ ACTS = {
 
 
 def _audit(event, arguments):
-    "Python tells of what is opened, changed and started; hooks cannot be taken off again, so this one sleeps between cases."
+    """Python tells of what is opened, changed and started; hooks cannot be taken off again, so this one sleeps between
+    cases.
+    """
     if _trespasses is None:
         return
     paths = ()
@@ -117,7 +122,9 @@ def _install():
 
 
 def _memory():
-    "Resident memory in MB, its highest since the last call, and the address space; zeros where the system does not tell."
+    """Resident memory in MB, its highest since the last call, and the address space; zeros where the system does not
+    tell.
+    """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         Path("/proc/self/clear_refs").write_text("5")
@@ -132,7 +139,9 @@ def _ring(number, frame):
 
 @contextlib.contextmanager
 def guarded(folder):
-    "Whatever is done within may use little memory and time, touch only `folder`, start and unpickle nothing. Gives a dictionary that gets the memory."
+    """Whatever is done within may use little memory and time, touch only `folder`, start and unpickle nothing. Gives a
+    dictionary that gets the memory.
+    """
     global _trespasses, _ground
     _install()
     told, unpickled = {}, []
@@ -183,7 +192,9 @@ def guarded(folder):
 
 
 def _asked_for_too_much(error):
-    "Whether an error goes back to memory that was not to be had. (Python's own parser says MemoryError to deep nesting, too.)"
+    """Whether an error goes back to memory that was not to be had. (Python's own parser says MemoryError to deep
+    nesting, too.)
+    """
     while error is not None:
         if isinstance(error, MemoryError) or "allocate" in str(error):
             trace = error.__traceback__
@@ -348,7 +359,9 @@ def placed(rng, folder, good, name):
 
 
 def naming(path):
-    "What a message about a path has to hold: the end of it, the beginning of an endless one, nothing of one that cannot be."
+    """What a message about a path has to hold: the end of it, the beginning of an endless one, nothing of one that
+    cannot be.
+    """
     text = repr(str(path))[1:-1]
     return "" if "\0" in str(path) else text[:20] if len(text) > 1000 else text[-10:]
 
@@ -807,7 +820,7 @@ def trained(name, checkpoint):
     options = dict(QUIET) | RUNS[name]
     network, images = Network([30, 4, 4]), from_arrays("tiny", **arrays())
     if options.pop("method", "ff") == "backprop":
-        return network, lambda: training.train_backprop(network, images, checkpoint=checkpoint, **options)
+        return network, lambda: train_backprop(network, images, checkpoint=checkpoint, **options)
     return network, lambda: training.train(
         network, images, STRATEGIES["label_embedding"](3), checkpoint=checkpoint, **options
     )
@@ -1051,7 +1064,7 @@ def tensors(rng, folder, whole):
             del held[name]
         elif what == 1:
             held[
-                rng.choice(("more", "", "../up", "a\nb", "layer.9.weights.0", "x" * 10**5, "generator ", "\u202e"))
+                rng.choice(("more", "", "../up", "a\nb", "learner.9.momentum.0", "x" * 10**5, "generator ", "\u202e"))
             ] = list(held[name])
         elif what == 2:
             held[name], held[other] = held[other], held[name]
@@ -1129,8 +1142,9 @@ def not_finite(rng, folder, whole):
 @attack("checkpoint")
 def generators(rng, folder, whole):
     def change(held):
-        bits = held["generator"][2]
-        held["generator"] = rng.choice(
+        name = rng.choice(("generator", "torch"))  # the run's own, and what its layers may draw from
+        bits = held[name][2]
+        held[name] = rng.choice(
             (
                 ["U8", [len(bits) - 1], bits[:-1]],
                 ["U8", [0], b""],
@@ -1175,20 +1189,23 @@ def places_(rng, folder, whole):
 
 
 def read_checkpoint(rng, folder, given):
-    "Whether a run went on from the checkpoint; `Broken` if a refusal changed network or file, or a run that went on is not whole."
+    """Whether a run went on from the checkpoint; `Broken` if a refusal changed network or file, or a run that went on
+    is not whole.
+    """
     name, given = given
     path = given
     if isinstance(given, bytes):
         path = folder / "run.safetensors"
         path.write_bytes(given)
     network, train = trained(name, path)
+    turns = QUIET["epochs"] * (2 if name == "greedy" else 1)
     start = [p.detach().clone() for p in network.parameters()]
     told_there, refused, history = None, [], None
     with contextlib.suppress(Exception):
         told_there = json.loads(opened(checkpoints()[name])[0]["__metadata__"]["settings"])
     named = naming(path)
     with guarded(folder) as told:
-        direct = judged(lambda: training.read_checkpoint(path, told_there), named)
+        direct = judged(lambda: read_back(path, told_there, turns), named)
         try:
             history = judged(lambda: train() or refused.append(1), named)
         except training.Diverged as error:  # weights that were changed to huge ones
@@ -1202,7 +1219,6 @@ def read_checkpoint(rng, folder, given):
     if direct is None and history is not None and isinstance(given, bytes):
         raise Broken("read_checkpoint refused it, but training went on from it")
     if history is not None:
-        turns = QUIET["epochs"] * (2 if name == "greedy" else 1)
         if len(history) != turns or not all(
             epoch.keys() >= HISTORY
             and all(isinstance(v, float) for v in (*epoch["loss"], *epoch["separation"], epoch["seconds"]))
@@ -1451,7 +1467,9 @@ def row_places(rng, folder):
 
 
 def shell(*arguments):
-    "The command in this process, on a terminal that takes UTF-8 only; `Broken` unless it ends well, or with 2 and one line."
+    """The command in this process, on a terminal that takes UTF-8 only; `Broken` unless it ends well, or with 2 and
+    one line.
+    """
     streams = [
         io.TextIOWrapper(io.BytesIO(), "utf-8"),
         io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace"),
@@ -1576,7 +1594,9 @@ def tower(depth):
 
 
 def made(**changes):
-    "A call that makes a recipe and runs it. Measuring, and telling of the machine, are left out; the network is small, or not made."
+    """A call that makes a recipe and runs it. Measuring, and telling of the machine, are left out; the network is
+    small, or not made.
+    """
 
     def call():
         chosen = recipes.Recipe(**(SOUND | changes))

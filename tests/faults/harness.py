@@ -1,7 +1,7 @@
-"""Runs that happen in a forked child, where they may be killed, starved or lied to, and what must be true of the files they leave.
+"""Runs in a forked child, where they may be killed, starved or lied to, and what must be true of the files they leave.
 
-The parent imports everything once and never trains, so a child costs a fork and not a start of Python. The victim is a small recipe
-on digits, run and published by the functions that the command line calls.
+The parent imports everything once and never trains, so a child costs a fork and not a start of Python. The victim is a
+small recipe on digits, run and published by the functions that the command line calls.
 """
 
 import contextlib
@@ -35,7 +35,9 @@ def prepare():
 
 
 def start(work, out):
-    "Fork a child that runs `work()` and prints into the open file `out`; gives its process number. It ends with the exit code that a command would give."
+    """Fork a child that runs `work()` and prints into the open file `out`; gives its process number. It ends with the
+    exit code that a command would give.
+    """
     if pid := os.fork():
         return pid
     code = 1
@@ -59,7 +61,8 @@ def start(work, out):
 
 
 def at_once(works, timeout=120):
-    """Run each `work()` in a forked child, all at the same time; gives for each (exit code, or minus the signal that ended it, and what it printed).
+    """Run each `work()` in a forked child, all at the same time; gives for each (exit code, or minus the signal that
+    ended it, and what it printed).
 
     A child that outlives the timeout is killed and reported as -SIGALRM.
     """

@@ -2,10 +2,11 @@
 
     python -m tests.faults.kills --count 200 --seed 0 --out ff_research/published/reliability/kills.jsonl
 
-The victim counts what the interpreter does, every call and return of a function, Python's or C's, and stops itself at an event that
-was drawn beforehand: in the middle of training, of writing a checkpoint, of reading the network out, of appending
-its row, or of publishing. Every fourth is stopped a second time while it resumes. Then it is left in peace. It must end with the weights of
-the undisturbed run, bit by bit (the row carries their fingerprint), with one row, one published row, and nothing else left behind.
+The victim counts what the interpreter does, every call and return of a function, Python's or C's, and stops itself at
+an event that was drawn beforehand: in the middle of training, of writing a checkpoint, of reading the network out, of
+appending its row, or of publishing. Every fourth is stopped a second time while it resumes. Then it is left in peace.
+It must end with the weights of the undisturbed run, bit by bit (the row carries their fingerprint), with one row, one
+published row, and nothing else left behind.
 """
 
 import argparse
@@ -35,9 +36,10 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 class Watch:
-    """A profile function that counts the events within each call of a phase's function, or stops the process at one of them.
+    """A profile function that counts the events within each call of a phase's function, or stops the process at one.
 
-    at: (the function's name, its how manieth call, the event's number in it); None counts only. The innermost phase has the event.
+    at: (the function's name, its how manieth call, the event's number in it); None counts only. The innermost phase has
+    the event.
     """
 
     def __init__(self, at=None, stop=None):
@@ -97,7 +99,8 @@ def trial(expected, events, phase, stop, rng, twice):
         folder, wrong = Path(place), []
         for time in range(1 + twice):
             code, said = in_child(partial(watched, folder, draw(rng, events[phase]), stop))
-            # a resumed run may end before the event comes; and where Python runs a destructor it cannot be interrupted, and says so
+            # a resumed run may end before the event comes; and where Python runs a destructor it cannot be
+            # interrupted, and says so
             if code not in (-stop, 128 + stop) and not (code == 0 and (time or "Exception ignored" in said)):
                 wrong.append(f"ended with {code}: {said[-300:]}")
             try:
@@ -156,9 +159,8 @@ def main():
     lines, faults = kill(args.count, args.seed)
     for line in lines:
         print(f"{line['phase']:11} {line['signal']:8} {line['survived']} of {line['stopped']} survived")
-    print(
-        f"{sum(line['survived'] for line in lines)} of {args.count} survived, {sum(line['rows_lost'] for line in lines)} rows lost, {sum(line['rows_doubled'] for line in lines)} doubled"
-    )
+    survived, lost, doubled = (sum(line[key] for line in lines) for key in ("survived", "rows_lost", "rows_doubled"))
+    print(f"{survived} of {args.count} survived, {lost} rows lost, {doubled} doubled")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

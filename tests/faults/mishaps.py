@@ -2,8 +2,8 @@
 
     python -m tests.faults.mishaps --out ff_research/published/reliability/mishaps.jsonl
 
-Each mishap is a function that stages it, looks at what was said and at what is left, and raises AssertionError where something was lost.
-It returns the one line that the user saw.
+Each mishap is a function that stages it, looks at what was said and at what is left, and raises AssertionError where
+something was lost. It returns the one line that the user saw.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import ff_research
 from ff_research import cli, recipes, results
 from ff_research.data import load
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.strategies import STRATEGIES
 from ff_research.training import train
 from tests.faults.harness import QUIET, at_once, command, essence, in_child, litter, prepare, rows_of, run_victim
@@ -48,7 +48,9 @@ def one_line(said):
 
 
 def refused(folder, work):
-    "What a child that runs `work` is told, in one line and with exit code 2; the files that were there keep every byte."
+    """What a child that runs `work` is told, in one line and with exit code 2; the files that were there keep every
+    byte.
+    """
     before = {p: p.read_bytes() for p in folder.rglob("*.jsonl")}
     code, said = in_child(work)
     assert code == 2, (code, said)

@@ -2,8 +2,9 @@
 
     python -m tests.faults.soak --minutes 60 --out ff_research/published/reliability/soak.jsonl
 
-Every strategy is trained in turn on digits, with a checkpoint that is resumed once, and read out in every way that it has; a row
-is kept, read and looked up again. Each round writes one line: minutes, resident memory, open files, threads, networks trained so far.
+Every strategy is trained in turn on digits, with a checkpoint that is resumed once, and read out in every way that it
+has; a row is kept, read and looked up again. Each round writes one line: minutes, resident memory, open files, threads,
+networks trained so far.
 """
 
 import argparse
@@ -20,11 +21,12 @@ import torch
 
 import ff_research
 from ff_research import cka, recipes, results
+from ff_research.backprop import train_backprop
 from ff_research.data import load
-from ff_research.layers import Network
+from ff_research.network import Network
 from ff_research.readout import features, linear_probe, per_label_goodness, softmax_head
 from ff_research.strategies import STRATEGIES
-from ff_research.training import train, train_backprop
+from ff_research.training import train
 
 QUIET = dict(progress=False, device="cpu", precision="fp32")
 
@@ -47,9 +49,9 @@ def one_round(images, folder, seed):
         if strategy.contrasts_labels:
             per_label_goodness(network, images)
             softmax_head(network, images)
-    rival = Network(sizes, seed=seed)
-    train_backprop(rival, images, epochs=2, seed=seed, **QUIET)
-    cka.cka_matrix(features(network, images.x_test), features(rival, images.x_test))
+    baseline = Network(sizes, seed=seed)
+    train_backprop(baseline, images, epochs=2, seed=seed, **QUIET)
+    cka.cka_matrix(features(network, images.x_test), features(baseline, images.x_test))
     recipes.RECIPES["soak"] = replace(recipes.RECIPES["digits"], name="soak", widths=(40, 40), epochs=1)
     recipes.run_and_keep("soak", seed, folder=folder, **QUIET)
     results.summary(results.latest(results.read_rows(folder / "soak.jsonl")), "errors.test.per_label")
