@@ -202,7 +202,7 @@ READOUTS = {"per_label": "per-label goodness", "head": "trained head"}
 
 
 def _probe(rows):
-    "The key of the probe that a table shows, the last one of a row: of all upper layers together where there are several."
+    "The key of the probe that a table shows, the last of a row: of all upper layers together if there are several."
     kind = "ridge" if results.value(rows[0], "errors.test.ridge") else "probe"
     probe = results.value(rows[0], f"errors.test.{kind}")
     return f"errors.test.{kind}.{list(probe)[-1] if probe and isinstance(probe, dict) else 'none'}"
@@ -217,7 +217,7 @@ def _tellable(row, source="rows"):
 
 
 def summary_table(rows):
-    "A line a recipe: both read-outs on the test set in %, mean ± standard deviation over the seeds, and seconds of training."
+    "A line a recipe: both read-outs on the test set in %, mean ± standard deviation, and seconds of training."
     lines, rows = [], [_tellable(row) for row in rows]
     for name in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == name]
@@ -262,7 +262,10 @@ def table(
     format: Annotated[str, typer.Option(help="md, csv or html")] = "md",
     own: Annotated[bool, typer.Option("--own", help="read your own results folder, not the published rows")] = False,
 ):
-    "Show test errors in %. They are of one recipe, or of every recipe on a data set, from the rows that come with the package or your own."
+    """Show test errors in %. They are of one recipe, or of every recipe on a data set.
+
+    Rows are those that come with the package, or your own.
+    """
     from ff_research.checks import nearest
     from ff_research.data import DATA_SETS
     from ff_research.recipes import RECIPES
@@ -298,7 +301,7 @@ def compare(
     figure: Annotated[Path, typer.Option(help="where the figure is written")] = Path("compare.png"),
     results_folder: Annotated[Optional[Path], typer.Option("--results", help="folder of the rows")] = None,
 ):
-    "Train and compare on real digits. Every strategy and the reference rows, both read-outs, a figure; in about a minute."
+    "Train and compare on real digits. Every strategy and the baselines, both read-outs, a figure; in a minute."
     from tqdm import tqdm
 
     from ff_research import runs

@@ -223,7 +223,9 @@ def _weights(network):
 def _keep(network, path, recipe, seed):
     "Write the weights of a network, whole or not at all."
     with replacing(path) as f:
-        f.write(serialize({key: t.cpu().contiguous() for key, t in _weights(network).items()}, _stands_for(recipe, seed)))
+        f.write(
+            serialize({key: t.cpu().contiguous() for key, t in _weights(network).items()}, _stands_for(recipe, seed))
+        )
 
 
 def trained(recipe, path, root=None):
@@ -307,7 +309,7 @@ def rows_of(recipe, folder):
 
 
 def is_there(recipe, seed, folder):
-    "Whether a folder holds a row of this recipe, under its name or an old one, as it is configured now, with this seed."
+    "Whether a folder holds a row of this recipe, under its name or an old one, with its settings now and this seed."
     wanted = dict(config=recipe.identity(), seed=seed)
     return any(
         same_run(row, dict(recipe=name, **wanted))
@@ -322,7 +324,7 @@ def weights_path(recipe, seed, folder=None):
 
 
 def run_and_keep(recipe, seed, *, recipes=None, folder=None, progress=True, **options):
-    """Run a recipe unless its row is there, with a checkpoint beside the rows; gives the new row, or None if it was there.
+    """Run a recipe unless its row is there, with a checkpoint beside the rows; gives the new row, or None.
 
     recipe, recipes: as in `run`. folder: of the rows, as in `results_folder`; its part `networks` keeps the weights of
     recipes with ridge probes. options: as in `run`. Raises ValueError for test=False: rows of tuning are not results.
