@@ -252,7 +252,7 @@ COLUMNS = {
 # %% ../nbs/907_cli.ipynb #0afbce76
 def _own_rows():
     "The rows of the results folder. Raises ValueError for one that lacks what a table needs."
-    for path in sorted(results.results_folder().glob("*.jsonl")):
+    for path in results.row_files(results.results_folder()):
         yield from (_tellable(row, repr(str(path))[1:-1]) for row in results.read_rows(path))
 
 

@@ -270,6 +270,6 @@ def publish_measures(recipe, folder=None, target=None):
     return sum(
         append_row(target / kind / f"{name}.jsonl", row, same=same_run)
         for kind in MEASURES
-        for name in (chosen.name, *chosen.alias)
+        for name in (*chosen.alias, chosen.name)
         for row in latest(read_rows(source / kind / f"{name}.jsonl"), aliases={})
     )

@@ -304,8 +304,8 @@ def run(
 
 # %% ../nbs/902_runs.ipynb #0decbe24
 def rows_of(recipe, folder):
-    "The rows of a recipe in a folder of rows, those under its old names included."
-    return [row for name in (recipe.name, *recipe.alias) for row in read_rows(Path(folder) / f"{name}.jsonl")]
+    "The rows of a recipe in a folder of rows, those under its old names first."
+    return [row for name in (*recipe.alias, recipe.name) for row in read_rows(Path(folder) / f"{name}.jsonl")]
 
 
 def is_there(recipe, seed, folder):
