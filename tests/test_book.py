@@ -219,6 +219,9 @@ def test_cross_references_lead_somewhere():
 # Imports run down this list, never up. `results` and `plots` know nothing of networks.
 ORDER = [
     "cli",
+    "measures",
+    "searches",
+    "runs",
     "recipes",
     "speed",
     "reach",

@@ -9,15 +9,15 @@ import sys
 import time
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-from ff_research import cli, recipes, results
+from ff_research import cli, measures, results, runs
 from ff_research.cli import main
+from ff_research.recipes import RECIPES
 from ff_research.results import append_row, read_rows
 from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged
@@ -137,13 +137,13 @@ def test_what_a_run_cannot_help_is_one_line(error, shell, monkeypatch):
     def failing(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(recipes, "run_many", failing)
+    monkeypatch.setattr(runs, "run_many", failing)
     code, out, err = shell("run", "loewe")
     assert (code, out) == (2, "") and re.fullmatch(r"ff-research: [^\n]+\n", err)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(recipes, "run_many", lambda *arguments, **options: {}["nothing"])
+    monkeypatch.setattr(runs, "run_many", lambda *arguments, **options: {}["nothing"])
     with pytest.raises(KeyError):
         main(["run", "loewe"])
 
@@ -200,12 +200,13 @@ def test_stopped_by_hand_says_so_and_goes_on(folder):
 
 @pytest.fixture
 def small(monkeypatch):
-    "`compare` with recipes that take a moment."
-    for name in cli.COMPARED:
-        r = recipes.RECIPES[name]
-        monkeypatch.setitem(
-            recipes.RECIPES, name, replace(r, widths=r.widths and (40, 40), epochs=min(2, r.epochs), batch_size=200)
-        )
+    "`compare` with recipes that take a moment; their names."
+    usual = cli.compared(RECIPES)
+    made = [
+        r.vary(widths=r.network.widths and (40, 40), epochs=min(2, r.schedule.epochs), batch_size=200) for r in usual
+    ]
+    monkeypatch.setattr(cli, "compared", lambda recipes: made)
+    return tuple(r.name for r in usual)
 
 
 @pytest.mark.parametrize("seeds", ["1", "2"])
@@ -214,18 +215,18 @@ def test_compare(seeds, small, shell, folder):
     assert code == 0 and "100%" in err and f"{14 * int(seeds)}/{14 * int(seeds)}" in err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
-    assert tuple(table) == cli.COMPARED and {line["seeds"] for line in table.values()} == {seeds}
+    assert tuple(table) == small and {line["seeds"] for line in table.values()} == {seeds}
     known = {
         name: [line[key] != "n/a" for key in ("per-label goodness", "trained head", "linear probe")]
         for name, line in table.items()
     }
-    of = {name: recipes.RECIPES[name] for name in table}
+    of = {name: RECIPES[name] for name in table}
     assert known == {
-        name: [r.method == "ff" and STRATEGIES[r.strategy].contrasts_labels, r.method == "backprop", True]
+        name: [r.method == "ff" and STRATEGIES[r.strategy.name].contrasts_labels, r.method == "backprop", True]
         for name, r in of.items()
     }
     assert (
-        sorted(r.strategy for r in of.values() if r.method == "ff") == sorted(STRATEGIES)
+        sorted(r.strategy.name for r in of.values() if r.method == "ff") == sorted(STRATEGIES)
         and sum(known[name][0] for name in of) == 4
     )
     assert all(("±" in line["linear probe"]) == (seeds == "2") for line in table.values())
@@ -243,7 +244,7 @@ def test_compare(seeds, small, shell, folder):
 def test_compare_keeps_the_rows_when_the_figure_cannot_be_written(small, shell, folder):
     code, _, err = shell("compare", "--seeds", "1", "--workers", "1", "--figure", "figure.nonsense")
     assert code == 2 and "nonsense" in err.splitlines()[-1] and "Traceback" not in err
-    assert len(list((folder / "results").glob("*.jsonl"))) == len(cli.COMPARED)
+    assert len(list((folder / "results").glob("*.jsonl"))) == len(small)
 
 
 def test_drawing_changes_no_settings(small, shell):
@@ -252,6 +253,76 @@ def test_drawing_changes_no_settings(small, shell):
     backend, before = matplotlib.get_backend(), dict(matplotlib.rcParams)
     shell("compare", "--seeds", "1", "--workers", "1")
     assert matplotlib.get_backend() == backend and dict(matplotlib.rcParams) == before
+
+
+# Files of recipes
+
+
+MINE = """
+[mine]
+like      = "loewe"
+data      = "digits"
+network   = { widths = [30, 30] }
+schedule  = { epochs = 1 }
+readout   = { probes = "ridge" }
+search    = [{ lr = [0.001, 0.01] }]
+
+[mine-random]
+like     = "mine"
+method   = "random"
+schedule = { epochs = 0 }
+"""
+
+
+def test_a_file_of_ones_own_is_run_tuned_and_measured(shell, folder):
+    (folder / "mine.toml").write_text(MINE)
+    assert [line.split()[0] for line in shell("list", "mine.toml")[1].splitlines()] == ["mine", "mine-random"]
+    code, out, err = shell("run", "mine.toml", "--seeds", "1")
+    assert code == 0 and [line.split(":")[0] for line in out.splitlines()] == ["mine, seed 0", "mine-random, seed 0"]
+    assert "is there already" in shell("run", "mine.toml", "mine", "--seeds", "1")[1]
+    assert shell("run", "mine.toml", "mine-random", "pixels-digits", "--seeds", "1")[1].count("\n") == 2
+    assert shell("tune", "mine.toml", "mine")[1].count("validation error") == 2
+    assert "mine, seed 0: diagnostics measured" in shell("measure", "diagnostics", "mine.toml", "--seeds", "1")[1]
+    assert "| mine-random |" in shell("table", "mine-random", "--own")[1]
+    assert len(read_rows(folder / "results" / "mine.jsonl")) == 1
+
+
+def test_a_file_of_ones_own_reaches_worker_processes(folder):
+    (folder / "mine.toml").write_text(MINE)
+    command = [*PROGRAM, "run", "mine.toml", "--seeds", "1", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split(",")[0] for line in done.stdout.splitlines()) == ["mine", "mine-random"]
+
+
+@pytest.mark.parametrize(
+    "arguments, text, said",
+    [
+        (["run", "mine.toml"], None, "mine.toml: there is no such file of recipes"),
+        (["run", "mine.toml", "mien"], MINE, "unknown recipe 'mien'; did you mean 'mine'?"),
+        (["run", "mine.toml"], '[mine]\nlike = "lowe"', "recipe 'mine': like = 'lowe' is no recipe; did you mean"),
+        (["list", "mine.toml"], "[mine", "mine.toml: no TOML file"),
+        (["tune", "mine.toml", "mine-random"], MINE, "unknown search 'mine-random'"),
+        (["measure", "transfr", "mine.toml"], MINE, "did you mean 'transfer'"),
+        (["measure", "transfer", "mine.toml"], '[mine]\nlike = "pixels"', "'mine' has no network to measure"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_exit_code_2(arguments, text, said, shell, folder):
+    if text is not None:
+        (folder / "mine.toml").write_text(text)
+    code, out, err = shell(*arguments)
+    assert (code, out) == (2, "") and re.fullmatch(r"ff-research: [^\n]+\n", err) and said in err
+    assert not (folder / "results").exists()
+
+
+def test_help_names_every_measure(shell):
+    shown = shell("measure", "--help")[1]
+    assert all(kind in shown for kind in measures.MEASURES)
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, ff_research.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # Reading
@@ -267,8 +338,11 @@ def test_data(shell, folder):
 
 def test_list_shows_every_recipe_and_target(shell):
     lines = shell("list")[1].splitlines()
-    assert [line.split()[0] for line in lines] == list(recipes.RECIPES)
-    assert all(r.target in line for r, line in zip(recipes.RECIPES.values(), lines))
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert all(r.target in line for r, line in zip(RECIPES.values(), lines))
+    found = shell("list", "--grep", "Hard_Mining")[1].splitlines()
+    assert found == [line for line in lines if "hard_mining" in line.lower()] and 0 < len(found) < len(lines)
+    assert shell("list", "--grep", "nothing like it") == (0, "", "")
 
 
 def test_table_of_published_and_of_own_rows(shell, folder, monkeypatch):

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from ff_research import recipes, results
+from ff_research import results, runs, searches
 from ff_research.checkpoints import read_checkpoint
 from ff_research.data import load, load_npz
-from ff_research.recipes import RECIPES, Recipe, recipe, run, run_and_keep, run_many
+from ff_research.recipes import RECIPES, Recipe, recipe
 from ff_research.results import DamagedRow, column, latest, publish, published, read_rows
+from ff_research.runs import run, run_and_keep, run_many
 from tests.faults import fuzz
 from tests.faults.fuzz import (
     Broken,
@@ -677,15 +678,15 @@ def test_files_of_odd_names_are_named_on_one_line(name, tmp_path, monkeypatch):
     ids=lambda changes: reprlib.repr(changes)[:40],
 )
 def test_nonsense_in_a_recipe_is_refused_before_a_network_is_made(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "Network", fuzz.reached)
+    monkeypatch.setattr(runs, "Network", fuzz.reached)
     with guarded(tmp_path):
         assert judged(fuzz.made(**changes)) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_field_is_named():
-    with pytest.raises(TypeError, match="depth"):
-        Recipe("fuzz", "digits", depth=3)
+    with pytest.raises(ValueError, match="recipe 'fuzz': depth is unknown.* Known: like, name"):
+        Recipe(name="fuzz", data="digits", depth=3)
 
 
 @pytest.mark.parametrize("name", fuzz.NAMES, ids=lambda name: reprlib.repr(name)[:20])
@@ -695,7 +696,7 @@ def test_names_that_no_recipe_has(name, tmp_path):
             lambda: recipe(name),
             lambda: run_and_keep(name, 0, folder=tmp_path),
             lambda: list(run_many([name], [0], folder=tmp_path)),
-            lambda: recipes.trials(name, tmp_path),
+            lambda: searches.trials(name, tmp_path),
         ):
             assert judged(lambda call=call: [call()]) is None
     assert list(tmp_path.iterdir()) == []
@@ -703,7 +704,7 @@ def test_names_that_no_recipe_has(name, tmp_path):
 
 @pytest.mark.parametrize("seed", ["0", "../../up", None, 0.5, float("nan"), 2**64, [0], "a\0b"])
 def test_seeds_are_whole_numbers(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "Network", fuzz.reached)
+    monkeypatch.setattr(runs, "Network", fuzz.reached)
     with guarded(tmp_path):
         for call in (
             lambda: run(RECIPES["digits"], seed),

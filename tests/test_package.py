@@ -1,4 +1,4 @@
-"""What users install: the sdist holds what building takes, the wheel built from it the package and published rows."""
+"""What users install: the sdist holds what building takes, the wheel package, recipes and published rows."""
 
 import ast
 import importlib
@@ -59,14 +59,14 @@ def test_sdist_holds_what_building_needs(built):
     assert [name for name in names if (source / name).read_bytes() != (tree / name).read_bytes()] == []
 
 
-def test_wheel_holds_the_package_and_the_published_rows(built):
+def test_wheel_holds_the_package_its_recipes_and_the_published_rows(built):
     tree, _, wheel = built
     files = {
         path.relative_to(tree).as_posix(): path.read_bytes()
-        for pattern in ("*.py", "py.typed", "published/*.jsonl", "published/*/*.jsonl")
+        for pattern in ("*.py", "py.typed", "configs/*.toml", "published/*.jsonl", "published/*/*.jsonl")
         for path in (tree / "ff_research").glob(pattern)
     }
-    assert "ff_research/published/probe.jsonl" in files
+    assert {"ff_research/published/probe.jsonl", "ff_research/configs/papers.toml"} <= files.keys()
     with zipfile.ZipFile(wheel) as archive:
         inside = {name: archive.read(name) for name in archive.namelist() if name.startswith("ff_research/")}
     assert inside == files

@@ -230,6 +230,33 @@ def test_publish_and_published(tmp_path, monkeypatch):
 # Statistics
 
 
+def test_rows_of_a_renamed_recipe_are_found_by_both_names(tmp_path, monkeypatch):
+    aliases = {"old": "new", "older": "new"}
+    made = [dict(recipe="older", seed=0, config={}), dict(recipe="old", seed=1, config={})]
+    made += [dict(recipe="new", seed=1, config={}, again=True), dict(recipe="other", seed=0, config={})]
+    found = latest(made, aliases)
+    assert [(row["recipe"], row["seed"]) for row in found] == [("new", 0), ("new", 1), ("other", 0)]
+    assert found[1]["again"], "the row written last"
+    assert made[0]["recipe"] == "older", "rows themselves stay as they are"
+    assert latest([made[0] | {"config": {"lr": 1}}, made[2]], aliases) == [made[2]], "settings that it has no more"
+    monkeypatch.setattr(results, "files", lambda package: tmp_path / package)
+    for row in made:
+        append_row(tmp_path / "results" / f"{row['recipe']}.jsonl", row)
+    assert [publish("old", tmp_path / "results", aliases=aliases) for _ in range(2)] == [3, 0]
+    shipped = tmp_path / "ff_research" / "published"
+    assert {path.stem for path in shipped.glob("*.jsonl")} == {"older", "old", "new"}, "under their own names"
+    for name in ("new", "old", "older", None):
+        assert sorted(published(name, aliases=aliases), key=lambda row: row["seed"]) == found[:2]
+    assert len(published("old", aliases={})) == 1
+
+
+def test_old_names_are_those_of_the_configs(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "files", lambda package: tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.toml").write_text('[now]\nalias = ["before", "once"]\n[other]\nlike = "now"')
+    assert results.old_names.__wrapped__() == {"before": "now", "once": "now"}
+
+
 def test_summary_against_scipy():
     rng = np.random.default_rng(0)
     for n in (2, 5, 30):

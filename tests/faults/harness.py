@@ -12,22 +12,24 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from ff_research import cli, recipes, results
+from ff_research import cli, measures, results, searches
 from ff_research.data import load
+from ff_research.recipes import load_recipes
 
-VICTIM = replace(recipes.RECIPES["digits"], name="victim", widths=(32, 32), epochs=4, batch_size=200)
+FILE = Path(__file__).with_name("victim.toml")
+VICTIM = load_recipes(FILE)["victim"]
+LATE = (measures, searches)  # the command line imports them when it needs them; a child should find them there
 QUIET = dict(progress=False, device="cpu", precision="fp32")
 
 
 def prepare():
-    "Once, in the parent: everything imported, the victim registered, one thread."
+    "Once, in the parent: everything imported, one thread."
     torch.set_num_threads(1)
     os.environ["IN_TEST"] = "1"  # no progress bars
-    recipes.RECIPES["victim"] = VICTIM
     load("digits")
     weight = torch.zeros(1)
     weight.grad = torch.zeros(1)
@@ -98,7 +100,7 @@ def command(*words):
 
 def run_victim(folder):
     "Run and publish the victim, as `ff-research run` and `publish` do."
-    cli.main(["run", "victim", "--seeds", "1", "--results", str(folder / "results")])
+    cli.main(["run", str(FILE), "--seeds", "1", "--results", str(folder / "results")])
     results.publish("victim", folder / "results", folder / "published")
 
 

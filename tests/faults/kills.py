@@ -27,7 +27,7 @@ from tests.faults.harness import essence, in_child, litter, prepare, rows_of, ru
 PHASES = {
     "training": "one_epoch",
     "checkpoint": "save_checkpoint",
-    "read-out": "_measure",
+    "read-out": "errors_of",
     "row": "append_row",
     "publishing": "publish",
 }

@@ -23,12 +23,24 @@ from functools import partial
 from pathlib import Path
 
 import ff_research
-from ff_research import cli, recipes, results
+from ff_research import cli, results, runs
 from ff_research.data import load
 from ff_research.network import Network
 from ff_research.strategies import STRATEGIES
 from ff_research.training import train
-from tests.faults.harness import QUIET, at_once, command, essence, in_child, litter, prepare, rows_of, run_victim
+from tests.faults.harness import (
+    FILE,
+    QUIET,
+    VICTIM,
+    at_once,
+    command,
+    essence,
+    in_child,
+    litter,
+    prepare,
+    rows_of,
+    run_victim,
+)
 
 
 class NotHere(Exception):
@@ -36,8 +48,8 @@ class NotHere(Exception):
 
 
 def run(folder, seeds=1):
-    "The work of `ff-research run victim`."
-    return command("run", "victim", "--seeds", seeds, "--results", folder / "results")
+    "The work of `ff-research run victim.toml`."
+    return command("run", FILE, "--seeds", seeds, "--results", folder / "results")
 
 
 def one_line(said):
@@ -165,7 +177,7 @@ def clock_goes_backwards(folder, expected):
     def work():
         readings = iter(range(10**9, 0, -3600))
         time.time = lambda: float(next(readings))
-        recipes.datetime = Backwards
+        runs.datetime = Backwards
         run(folder, 3)()
         rows = results.latest(rows_of(folder))
         assert len(rows) == 3 and rows[0]["time"] > rows[2]["time"]
@@ -193,7 +205,7 @@ def processes_at_one_results_folder(folder, expected, processes=4):
     "Four jobs that append to one file."
 
     def job(seed):
-        return lambda: recipes.run_and_keep("victim", seed, folder=folder / "results", **QUIET)
+        return lambda: runs.run_and_keep(VICTIM, seed, folder=folder / "results", **QUIET)
 
     ended = at_once([job(seed) for seed in range(processes)])
     assert [code for code, _ in ended] == [0] * processes, ended
@@ -279,7 +291,7 @@ def foreign_checkpoint(folder, expected, change, words):
     path = folder / "results" / "checkpoints" / "victim-0.safetensors"
 
     def stopped():
-        recipes.append_row = lambda *_, **__: os._exit(0)  # trained, and the row not yet written
+        runs.append_row = lambda *_, **__: os._exit(0)  # trained, and the row not yet written
         run(folder)()
 
     in_child(stopped)
@@ -334,7 +346,7 @@ def fault_of_ours(folder, expected):
         def broken(*_, **__):
             return 1 / 0
 
-        recipes.append_row = broken
+        runs.append_row = broken
         run(folder)()
 
     code, said = in_child(work)

@@ -14,17 +14,18 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import ff_research
-from ff_research import cka, recipes, results
+from ff_research import cka, results
 from ff_research.backprop import train_backprop
 from ff_research.data import load
 from ff_research.network import Network
 from ff_research.readout import features, linear_probe, per_label_goodness, softmax_head
+from ff_research.recipes import RECIPES
+from ff_research.runs import run_and_keep
 from ff_research.strategies import STRATEGIES
 from ff_research.training import train
 
@@ -52,8 +53,8 @@ def one_round(images, folder, seed):
     baseline = Network(sizes, seed=seed)
     train_backprop(baseline, images, epochs=2, seed=seed, **QUIET)
     cka.cka_matrix(features(network, images.x_test), features(baseline, images.x_test))
-    recipes.RECIPES["soak"] = replace(recipes.RECIPES["digits"], name="soak", widths=(40, 40), epochs=1)
-    recipes.run_and_keep("soak", seed, folder=folder, **QUIET)
+    small = RECIPES["digits"].vary(name="soak", widths=(40, 40), epochs=1)
+    run_and_keep(small, seed, folder=folder, **QUIET)
     results.summary(results.latest(results.read_rows(folder / "soak.jsonl")), "errors.test.per_label")
     return len(STRATEGIES) + 2
 
