@@ -177,13 +177,10 @@ def publish(recipe, source=None, target=None, aliases=None):
 
     aliases: as in `latest`; rows stay under the name that they were made with. Raises ValueError for what is no name.
     """
-    target, aliases = (
-        Path(target or Path(str(files("ff_research"))) / "published"),
-        old_names() if aliases is None else aliases,
-    )
+    target = target or Path(str(files("ff_research"))) / "published"
     return sum(
-        append_row(target / path.name, row, same=same_run)
-        for path in row_files(results_folder(source), recipe, aliases)
+        append_row(Path(target) / path.name, row, same=same_run)
+        for path in row_files(results_folder(source), _file("", recipe).stem, aliases)
         for row in latest(_runs(path), aliases={})
     )
 
