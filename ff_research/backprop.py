@@ -9,18 +9,22 @@ __all__ = ['EndToEnd', 'Pairwise', 'train_backprop']
 import copy
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checkpoints import Diverged
+from .checkpoints import Diverged, History
 from .checks import PRECISIONS, best_device, best_precision, one_of
+from .data import Images
 from .goodness import mean_of_squares, sum_of_squares
 from .layers import FFLinear, hand_on
 from .learners import Recorded
-from .network import activities, ready, run_layer, walk
-from .objectives import GoodnessObjective
+from .network import Network, activities, ready, run_layer, walk
+from .objectives import GoodnessObjective, Objective
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
+from .strategies import Strategy
 from .streams import Streams
 from .training import check_images, forked, run_epochs, settings_of
 
@@ -148,25 +152,25 @@ def _check_backprop(network, images, epochs, batch_size, strategy, first):
 # %% ../nbs/110_backprop.ipynb #ec802672
 @torch.inference_mode(False)
 def train_backprop(
-    network,
-    images,
-    epochs=20,
-    seed=0,
+    network: Network,
+    images: Images,
+    epochs: int = 20,
+    seed: int = 0,
     *,
-    lr=0.03,
-    lr_schedule="cool_down",
-    weight_decay=3e-4,
-    optimizer="sgd",
-    batch_size=100,
-    precision="auto",
-    device="auto",
-    checkpoint=None,
-    progress=True,
-    after_epoch=None,
-    strategy=None,
-    objective=None,
-    first=1,
-):
+    lr: float = 0.03,
+    lr_schedule: str = "cool_down",
+    weight_decay: float = 3e-4,
+    optimizer: str = "sgd",
+    batch_size: int = 100,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    after_epoch: Callable | None = None,
+    strategy: Strategy | None = None,
+    objective: Objective | None = None,
+    first: int = 1,
+) -> History:
     """Train the same `Network` by backpropagation: plain images in, a linear head (`network.head`) on the last layer.
 
     strategy: train on its positives and negatives instead, without a head, by the loss that `objective` (or the

@@ -51,11 +51,12 @@ class Meter:
 
     def __init__(self, layers, device):
         self.sums = torch.zeros(len(layers), 5, device=device)  # the last counts the updates
+        self.nan, self.one = torch.tensor([math.nan, 1.0], device=device).unbind()
         self.layers = layers  # their numbers, from 1
 
     def add(self, i, loss, g, s):
         "One update of one layer: the loss and the goodness `[rows, …]`, positives first."
-        nan = loss.new_full((), math.nan, dtype=torch.float32)
+        nan = self.nan
         if len(s.sizes) == 1 and g.shape[1] > 1 and s.y is not None:  # class scores
             known = s.y >= 0
             own = g.gather(1, s.y.clamp_min(0).long()[:, None])[:, 0]
@@ -67,7 +68,7 @@ class Meter:
             g_pos, both = positive.mean(), len(negative) and len(negative) % len(positive) == 0
             pairs = (positive > negative.view(-1, len(positive))).float().mean() if both else nan
             g_neg = negative.mean() if len(negative) else nan
-        self.sums[i] += torch.stack([loss.float(), pairs.float(), g_pos.float(), g_neg.float(), torch.ones_like(nan)])
+        self.sums[i] += torch.stack([loss.float(), pairs, g_pos, g_neg, self.one])
 
     def read(self, epoch, seconds):
         "The epoch's means, NaN for a layer without updates; raises `Diverged` for a loss that is not finite."

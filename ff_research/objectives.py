@@ -61,7 +61,7 @@ class Objective(nn.Module):
         """
         s = two_streams(h) if s is None else s
         g = self.goodness(h, s)
-        if len(g) != len(h) or g.ndim != 2:
+        if g.ndim != 2 or g.shape[0] != h.shape[0]:
             raise ValueError(
                 f"{type(self).__name__}: the goodness of {len(h)} rows has the shape {list(g.shape)}; expected "
                 "[rows, 1], [rows, positions] or [rows, classes]"
@@ -71,7 +71,8 @@ class Objective(nn.Module):
                 f"a gamma of shape {list(gamma.shape)} does not fit the goodness of shape {list(g.shape)}; expected a "
                 "number for each row, [rows, 1]"
             )
-        return self.loss(received, s) + self.penalty(h, s), g
+        loss, penalty = self.loss(received, s), self.penalty(h, s)
+        return (loss + penalty if isinstance(penalty, torch.Tensor) else loss), g
 
     def forward(self, h, s=None, gamma=0.0):
         "The whole loss, a scalar, and the layer's own goodness; arguments as in `local_loss`."

@@ -9,15 +9,16 @@ __all__ = ['check_samples', 'held_out', 'part_of', 'best_class', 'strategy_of', 
 
 # %% ../nbs/111_readout.ipynb #5a966292
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .data import validation_size
+from .data import Images, validation_size
 from .goodness import sum_of_squares
 from .labels import check_room, labelled, neutral
 from .layers import hand_on
-from .network import activities, reading, ready, run_layer, twin, walk
+from .network import Network, activities, reading, ready, run_layer, twin, walk
 from .streams import Streams
 from .checks import one_of
 
@@ -145,7 +146,7 @@ def label_goodness(
     return torch.cat(out)
 
 # %% ../nbs/111_readout.ipynb #a5fcb1bc
-def per_label_goodness(network, images, *, split="test", **options):
+def per_label_goodness(network: Network, images: Images, *, split: str = "test", **options) -> float:
     """Read-out A: the error in % when each image is given the label under which layers 2, 3, … are happiest.
 
     split: "test" or "train"; options as in `label_goodness`. Raises ValueError for networks whose training contrasted
@@ -186,7 +187,7 @@ def class_scores(network, x, *, precision="auto", device="auto", batch_size=2000
     return {height: torch.cat([part[height] for part in parts]) for height in parts[0]}
 
 
-def scores_errors(network, images, *, split="test", **options):
+def scores_errors(network: Network, images: Images, *, split: str = "test", **options) -> dict[str, float]:
     """Errors in % by the layers' own class scores: of each, "layer_1", …, and of their "sum", if several.
 
     split: "test" or "train"; options as in `class_scores`. Raises ValueError for a network without scores, and for NaN.
@@ -401,17 +402,17 @@ def read_as(network, images, neutral_label=None):
 
 # %% ../nbs/111_readout.ipynb #39d3b70e
 def linear_probe(
-    network,
-    images,
+    network: Network,
+    images: Images,
     *,
-    neutral_label=None,
-    fit=fit_probe,
-    joined=2,
-    refit=False,
-    power=1,
-    precision="auto",
-    device="auto",
-):
+    neutral_label: bool | int | None = None,
+    fit: Callable = fit_probe,
+    joined: int = 2,
+    refit: bool = False,
+    power: float = 1,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+) -> dict[str, dict[str, float]]:
     """Read-out B: errors in % of a linear probe on the frozen activities of each layer, and of several together.
 
     Joined are layers 2…L, or `joined`…L.

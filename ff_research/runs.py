@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -37,7 +38,7 @@ from .goodness import sum_of_squares
 from .network import Network
 from .pretext import PRETEXTS, pretext
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, per_label_goodness, probe_errors
-from .recipes import OBJECTIVES, READINGS, brief, is_whole
+from .recipes import OBJECTIVES, READINGS, Recipe, brief, is_whole
 from .recipes import recipe as named
 from .results import append_row, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
@@ -249,19 +250,19 @@ def trained(recipe, path, root=None):
 
 # %% ../nbs/902_runs.ipynb #2a55e0c2
 def run(
-    recipe,
-    seed=0,
+    recipe: Recipe | str,
+    seed: int = 0,
     *,
-    recipes=None,
-    root=None,
-    device="auto",
-    precision="auto",
-    checkpoint=None,
-    progress=True,
-    test=True,
-    probe=True,
-    keep=None,
-):
+    recipes: Mapping[str, Recipe] | None = None,
+    root: str | Path | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    test: bool = True,
+    probe: bool = True,
+    keep: str | Path | None = None,
+) -> dict:
     """Run a recipe with a seed and give its result row, a dictionary ready for JSON.
 
     The same recipe, data, seed, device and number of threads give the same weights and errors. The network learns from

@@ -121,12 +121,13 @@ def negatives_of(strategy, x, y, network=None, generator=None):
 STRATEGIES: dict[str, type[Strategy]] = {}
 
 
-def register(cls):
+def register(cls: type[Strategy]) -> type[Strategy]:
     """Class decorator: put a strategy into `STRATEGIES` under its `name`.
 
     Raises ValueError for a class without a name, or with a name that another class has.
     """
-    name, taken = getattr(cls, "name", None), STRATEGIES.get(getattr(cls, "name", None))
+    name = getattr(cls, "name", None)
+    taken = STRATEGIES.get(name) if isinstance(name, str) else None
     if not name or not isinstance(name, str):
         raise ValueError(f'{cls.__name__} needs a class attribute `name`, a word such as "upside_down"')
     if taken is not None and taken.__qualname__ != cls.__qualname__:

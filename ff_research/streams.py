@@ -31,7 +31,7 @@ class Streams:
 
     def split(self, h):
         "One part of `[rows, …]` for each stream. Raises ValueError where the rows are not those of the streams."
-        if len(h) != sum(self.sizes):
+        if h.shape[0] != sum(self.sizes):
             streams = " + ".join(map(str, self.sizes))
             raise ValueError(f"a layer gave {len(h)} rows of activity for {sum(self.sizes)} rows of input ({streams})")
         return h.split(self.sizes)

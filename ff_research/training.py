@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,15 +31,16 @@ from ff_research.checkpoints import (
     save_checkpoint,
 )
 from .checks import best_device, best_precision, one_of
+from .data import Images
 from .goodness import sum_of_squares
 from .labels import check_labels, check_room
 from .layers import FFLinear, hand_on, units_of
 from .learners import Recorded, Workspace, learner_of
 from .network import Network, deepest, ready, run_layer, walk
-from .objectives import PeerNormalisation
+from .objectives import Objective, PeerNormalisation
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .schedules import table_of
-from .strategies import negatives_of
+from .strategies import Strategy, negatives_of
 from .streams import Streams, written_out
 
 # %% ../nbs/108_training.ipynb #fbc17ce7
@@ -89,7 +91,8 @@ class Step:
             return h.detach(), learner.hand_on().detach()
         g = self.learn(height, learner, s, self.gamma)
         self.gamma = self.gamma + self.shareable(g) if self.collaboration else self.gamma
-        out = learner.hand_on().detach()
+        read = height != self.last or self.asked.iterations  # nobody reads the highest layer that learns
+        out = learner.hand_on().detach() if read else None
         learner.release()
         return h.detach(), out
 
@@ -465,30 +468,30 @@ def _epoch(network, images, strategy, step, frozen, table, factor, batch_size, g
 @torch.inference_mode(False)
 @torch.no_grad()
 def train(
-    network,
-    images,
-    strategy,
-    epochs=60,
-    seed=0,
+    network: Network,
+    images: Images,
+    strategy: Strategy,
+    epochs: int | Sequence[int] = 60,
+    seed: int = 0,
     *,
-    objective=None,
-    peer=0.0,
-    schedule="together",
-    collaboration=None,
-    rounds=1,
-    overlap=False,
-    draw=None,
-    lr=1e-3,
-    lr_schedule="cool_down",
-    weight_decay=3e-4,
-    optimizer="sgd",
-    batch_size=100,
-    precision="auto",
-    device="auto",
-    checkpoint=None,
-    progress=True,
-    after_epoch=None,
-):
+    objective: Objective | Sequence[Objective] | None = None,
+    peer: float = 0.0,
+    schedule: str | Callable = "together",
+    collaboration: str | None = None,
+    rounds: int = 1,
+    overlap: bool = False,
+    draw: str | None = None,
+    lr: float | Sequence[float] = 1e-3,
+    lr_schedule: str = "cool_down",
+    weight_decay: float = 3e-4,
+    optimizer: str = "sgd",
+    batch_size: int = 100,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    after_epoch: Callable | None = None,
+) -> History:
     """Train every layer of `network` by its own local objective; the network is changed in place. Gives the `History`.
 
     images: `Images`, whose training part is used; strategy: makes positives and negatives; seed: of batches, negatives
