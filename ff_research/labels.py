@@ -56,7 +56,7 @@ def neutral(x, num_classes, value=1.0):
     It claims nothing: "I do not say which class this is".
     """
     check_room(x, num_classes)
-    return _write(x, torch.full((1, num_classes), value / num_classes, device=x.device))
+    return _write(x, torch.ones(1, num_classes, device=x.device) * value / num_classes)
 
 # %% ../nbs/102_labels.ipynb #2b6a7df1
 def wrong_labels(y, num_classes, generator=None):
@@ -112,6 +112,12 @@ class Labelled(Rows):
         torch.addmm(total, shared.t(), self.pixels, beta=keep, out=total)
         total[:, :classes] += dz.t() @ self.patterns.view(streams * batch, classes)
         return total
+
+    def minus(self, center):
+        "Images without their mean; the labels' places, which hold no pixels, stay as they are."
+        pixels = self.pixels - center.flatten()
+        pixels[:, : self.patterns.shape[2]] = 0
+        return Labelled(pixels, self.patterns, self.space)
 
     def prepare(self, how, scaling, dtype, flat):
         "The same rows brought to scale, by one factor for all labels of an image: these are one-hot, so equally long."

@@ -252,11 +252,11 @@ class Merge(Layer):
 SCALINGS = {"normalised": normalise, "standardised": standardise, "plain": lambda x: x}
 
 
-def prepare(x, inputs=None, dtype=torch.float32, how="normalised"):
+def prepare(x, inputs=None, dtype=torch.float32, how="normalised", center=None):
     """Inputs of a first layer from images `[rows, …]` or `Rows`: floats, each row brought to scale.
 
     inputs: flatten the images and demand this many pixels; None keeps their shape. how: "normalised", root mean square
-    1 in each row; "standardised", the row's mean is taken off first; "plain", as they are. Raises ValueError where they
+    1 in each row; "standardised", the row's mean is taken off first; "plain", as they are. center: is taken off each image first. Raises ValueError where they
     do not fit.
     """
     if inputs is not None and x.shape[1:].numel() != inputs:
@@ -264,6 +264,8 @@ def prepare(x, inputs=None, dtype=torch.float32, how="normalised"):
             f"images {list(x.shape[1:])} have {x.shape[1:].numel()} pixels, but the network's first layer takes "
             f"{inputs}"
         )
+    if center is not None:  # in float32: in low precision the difference of two near numbers would be all rounding
+        x = x.minus(center) if isinstance(x, Rows) else as_float(x) - center
     if isinstance(x, Rows):
         return x.prepare(how, SCALINGS[how], dtype, flat=inputs is not None)
     rows = as_float(x, dtype).flatten(1)

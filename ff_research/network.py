@@ -14,7 +14,8 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from .checks import PRECISIONS, best_device, best_precision
+from .checks import PRECISIONS, best_device, best_precision, one_of
+from .data import as_float
 from .layers import SCALINGS, FFLinear, hand_on, prepare, reads_of
 from .streams import Streams
 
@@ -86,8 +87,9 @@ class Network(nn.Module):
         self.layers, self.objectives, self.precision = nn.ModuleList(layers), nn.ModuleList(), "fp32"
         self.strategy = None  # the one that trained it
         self.inputs = inputs or ("standardised" if getattr(layers[0], "triangle", False) else "normalised")
-        if self.inputs not in SCALINGS:
-            raise ValueError(f"inputs={inputs!r}: expected one of {', '.join(SCALINGS)}")
+        one_of(self.inputs, (*SCALINGS, "centred"), "way to scale the inputs")
+        self.register_buffer("center", None)
+        self.register_buffer("energy", None)
         self.iterations = iterations
         self.learn_at = tuple(range(iterations + 1)) if learn_at is None else tuple(learn_at)
         self.read_at = (iterations,) if read_at is None else tuple(read_at)
@@ -110,7 +112,34 @@ class Network(nn.Module):
     def prepare(self, x):
         "Inputs of the first layer from images `[rows, …]` or `Rows`; see `layers.prepare`."
         first = self.layers[0]
-        return prepare(x, first.inputs if isinstance(first, FFLinear) else None, self.dtype, self.inputs)
+        inputs = first.inputs if isinstance(first, FFLinear) else None
+        if self.inputs != "centred":
+            return prepare(x, inputs, self.dtype, self.inputs)
+        if self.center is None:
+            raise ValueError(
+                "the network centres its inputs, but has seen no images yet: train it, or call centre_on(images)"
+            )
+        return prepare(x, inputs, self.dtype, "normalised", self.center)
+
+    def see(self, images, label_pixels=0):
+        "Centre on the training images, where the network centres its inputs and has not seen any; see `centre_on`."
+        if self.inputs == "centred" and self.center is None:
+            self.centre_on(images, label_pixels)
+
+    def centre_on(self, images, label_pixels=0):
+        """Take the mean of the training images as what `inputs="centred"` takes off, and note their energy without it.
+
+        label_pixels: so many first pixels hold labels, and are not centred. Images are centred after negatives are made:
+        masks, noise and adversarial steps are defined on pixels in 0…1. energy: mean squared length of a centred image.
+        """
+        total, count = 0.0, len(images.x_train)
+        for x, _ in images.pieces():
+            total = total + as_float(x).sum(0, dtype=torch.float64)
+        mean, energy = (total / count).float(), 0.0
+        for x, _ in images.pieces():
+            energy = energy + (as_float(x) - mean).square().sum(dtype=torch.float64)
+        mean.flatten()[:label_pixels] = 0
+        self.center, self.energy = mean, (energy / count).float()
 
     def forward(self, x):
         "What the last layer hands on, for images `[rows, …]`, `Rows` or `Streams`; gradients pass through all layers."

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_samples', 'held_out', 'part_of', 'best_class', 'strategy_of', 'under_labels', 'goodness_under_labels',
-           'label_goodness', 'per_label_goodness', 'class_scores', 'scores_errors', 'features', 'Probe', 'standardised',
-           'fit_probe', 'fit_ridge', 'softmax_head', 'probe_errors', 'read_as', 'linear_probe', 'head_error']
+           'label_goodness', 'missed_by_label', 'per_label_goodness', 'class_scores', 'scores_errors', 'features',
+           'Probe', 'standardised', 'fit_probe', 'fit_ridge', 'softmax_head', 'probe_errors', 'read_as', 'linear_probe',
+           'head_error']
 
 # %% ../nbs/111_readout.ipynb #5a966292
 import math
@@ -146,6 +147,14 @@ def label_goodness(
     return torch.cat(out)
 
 # %% ../nbs/111_readout.ipynb #a5fcb1bc
+def missed_by_label(network, images, *, split="test", **options):
+    "Which images read-out A gets wrong, bool `[images]`; arguments and errors as in `per_label_goodness`."
+    x, y = part_of(images, split)
+    options.setdefault("first", min(2, len(network.layers)))
+    guess = best_class(label_goodness(network, x, images.num_classes, **options), "the goodness")
+    return guess != y.to(guess.device)
+
+
 def per_label_goodness(network: Network, images: Images, *, split: str = "test", **options) -> float:
     """Read-out A: the error in % when each image is given the label under which layers 2, 3, … are happiest.
 
@@ -153,10 +162,7 @@ def per_label_goodness(network: Network, images: Images, *, split: str = "test",
     none.
     Source: Hinton (2022), section 3.3.
     """
-    x, y = part_of(images, split)
-    options.setdefault("first", min(2, len(network.layers)))
-    guess = best_class(label_goodness(network, x, images.num_classes, **options), "the goodness")
-    return 100 * (guess != y.to(guess.device)).float().mean().item()
+    return 100 * missed_by_label(network, images, split=split, **options).float().mean().item()
 
 # %% ../nbs/111_readout.ipynb #55521fdf
 @torch.no_grad()
@@ -226,7 +232,7 @@ def features(
         if strategy is not None:
             part = strategy.write(part)
         elif num_classes is not None:
-            part = neutral(part, num_classes)
+            part = neutral(part, num_classes, getattr(network.strategy, "strength", 1.0))
         parts.append([a.flatten(1).float() for a in activities(read, part, normalised, power)])
     return [torch.cat(layer) for layer in zip(*parts)]
 
@@ -244,9 +250,13 @@ class Probe:
     def logits(self, f):
         return torch.addmm(self.bias, (f.to(self.mean.dtype) - self.mean) * self.scale, self.weight)
 
+    def missed(self, f, y):
+        "Which samples it gets wrong, bool `[samples]`."
+        return self.logits(f).argmax(1) != y
+
     def error(self, f, y):
         "Error in %."
-        return 100 * (self.logits(f).argmax(1) != y).float().mean().item()
+        return 100 * self.missed(f, y).float().mean().item()
 
 # %% ../nbs/111_readout.ipynb #6eac3275
 def _preconditioner(z, damping=1e-2):
@@ -367,14 +377,14 @@ def softmax_head(network, images, *, first=2, precision="auto", device="auto"):
     return fit_probe(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
 
 # %% ../nbs/111_readout.ipynb #0d6610d1
-def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False):
+def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False, missed=None):
     """Errors in % of a probe of each feature matrix, and of those from number `joined` on together, if several.
 
     train, test: lists of features of the training and test images `[images, units]`. Gives {"test": {name: error},
     "validation": …}; names are "layer_1", "layer_2", … and "layers_2_to_L" (or whatever `joined` is). The probe is
     fitted without the last `validation_size(images)` training images.
     fit: `fit_probe` or `fit_ridge`. refit: fit it again on all training images, with the l2 chosen so, before it is
-    tested.
+    tested. missed: a dictionary that takes, by the same names, which test images are read wrong, bool `[images]`.
     """
     held, out = held_out(images), {"test": {}, "validation": {}}
     y, y_test = images.y_train.to(train[0].device), images.y_test.to(train[0].device)
@@ -385,7 +395,10 @@ def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False):
         probe = fit(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
         out["validation"][name] = probe.error(f[-held:], y[-held:])
         probe = fit(f, y, images.num_classes, l2=(probe.l2,)) if refit else probe
-        out["test"][name] = probe.error(f_test, y_test)
+        wrong = probe.missed(f_test, y_test)
+        out["test"][name] = 100 * wrong.float().mean().item()
+        if missed is not None:
+            missed[name] = wrong
     return out
 
 # %% ../nbs/111_readout.ipynb #faf1a993
@@ -410,20 +423,21 @@ def linear_probe(
     joined: int = 2,
     refit: bool = False,
     power: float = 1,
+    missed: dict | None = None,
     precision: str = "auto",
     device: str | torch.device = "auto",
 ) -> dict[str, dict[str, float]]:
     """Read-out B: errors in % of a linear probe on the frozen activities of each layer, and of several together.
 
     Joined are layers 2…L, or `joined`…L.
-    neutral_label: as in `read_as`. fit, refit: as in `probe_errors`. power: as in `features`.
+    neutral_label: as in `read_as`. fit, refit, missed: as in `probe_errors`. power: as in `features`.
     Gives {"test": {"layer_1": error, …}, "validation": {…}}; see `probe_errors`.
     """
     check_samples(images.x_train, images.y_train)
     check_samples(images.x_test, images.y_test)
     how = read_as(network, images, neutral_label) | dict(power=power, precision=precision, device=device)
     train, test = (features(network, x, **how) for x in (images.x_train, images.x_test))
-    return probe_errors(train, test, images, fit, joined, refit)
+    return probe_errors(train, test, images, fit, joined, refit, missed)
 
 # %% ../nbs/111_readout.ipynb #c0cd3cc9
 @torch.no_grad()

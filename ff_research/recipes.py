@@ -142,11 +142,15 @@ class Part(BaseModel):
 
 
 class NetworkPart(Part):
-    "`widths`: units of each layer. `full_gradient`: through inactive units too. `triangle`: what lies above the mean."
+    """`widths`: units of each layer. `full_gradient`: through inactive units too. `triangle`: what lies above the mean.
+
+    `inputs`: how the network scales what it reads, "normalised", "standardised" or "centred" (`Network`); None: its default.
+    """
 
     widths: Widths = (1000, 1000, 1000)
     full_gradient: Flag = False
     triangle: Flag = False
+    inputs: _known(("normalised", "standardised", "centred"), optional=True) = None
 
 
 class StrategyPart(Part):
@@ -244,6 +248,7 @@ SETTINGS = {  # the name of a setting in a row's `config`, and where it stands i
     "peer": ("objective", "peer"),
     "full_gradient": ("network", "full_gradient"),
     "triangle": ("network", "triangle"),
+    "inputs": ("network", "inputs"),
     "collaboration": ("schedule", "collaboration"),
     "centred": ("centred",),
     "first": ("readout", "first"),
@@ -257,6 +262,7 @@ SETTINGS = {  # the name of a setting in a row's `config`, and where it stands i
 LATER = dict(
     strategy_options=(),
     triangle=False,
+    inputs=None,
     collaboration=None,
     centred=0.0,
     first=2,
@@ -568,5 +574,5 @@ def recipe(name, recipes=None):
     )
 
 # %% ../nbs/901_recipes.ipynb #6b34fadb
-FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates")
+FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed")
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

@@ -44,6 +44,7 @@ class Strategy(nn.Module):
     contrasts_labels = False
     has_negatives = True
     many_negatives = False
+    label_pixels = 0
 
     def __init__(self, num_classes):
         super().__init__()
@@ -143,17 +144,30 @@ def make_strategy(name, num_classes, **options):
 
 # %% ../nbs/201_strategies.ipynb #5eeb5ff0
 class LabelsOnPixels(Strategy):
-    "Base of the strategies whose positives carry their label in the first pixels (`labels.overlay`)."
+    """Base of the strategies whose positives carry their label in the first pixels (`labels.overlay`).
+
+    strength: the value of a label's pixel: 1; in a network that centres its inputs, so much that the label has a tenth of
+    the mean energy of an image, as in `data.centred`.
+    """
 
     contrasts_labels = True
 
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.label_pixels = num_classes
+        self.register_buffer("strength", torch.ones(()))
+
+    def begin(self, network, x):
+        centred = network.inputs == "centred"
+        self.strength = (network.energy / 10).sqrt() if centred else torch.ones((), device=network.device)
+
     def create_positive(self, x, y):
-        return overlay(x, y, self.num_classes)
+        return overlay(x, y, self.num_classes, self.strength)
 
     def write(self, x, labels=None):
         if labels is None:
-            return Streams(neutral(x, self.num_classes), None, (len(x),))
-        return Streams(labelled(x, labels, self.num_classes), None, (len(x),) * len(labels))
+            return Streams(neutral(x, self.num_classes, self.strength), None, (len(x),))
+        return Streams(labelled(x, labels, self.num_classes, self.strength), None, (len(x),) * len(labels))
 
 # %% ../nbs/201_strategies.ipynb #0d7890db
 @register
@@ -166,7 +180,7 @@ class LabelEmbeddingStrategy(LabelsOnPixels):
     name = "label_embedding"
 
     def generate(self, x, y, network=None, generator=None):
-        return overlay(x, wrong_labels(y, self.num_classes, generator), self.num_classes)
+        return overlay(x, wrong_labels(y, self.num_classes, generator), self.num_classes, self.strength)
 
     def streams(self, x, y, network=None, generator=None):
         labels = torch.stack([y, wrong_labels(y, self.num_classes, generator)])
@@ -230,7 +244,10 @@ class ClassConfusionStrategy(LabelsOnPixels):
 
     def generate(self, x, y, network=None, generator=None):
         check_two(len(x))
-        return unlike(self.create_positive(x, y), lambda: overlay(x[other_class(y, generator)], y, self.num_classes))
+        return unlike(
+            self.create_positive(x, y),
+            lambda: overlay(x[other_class(y, generator)], y, self.num_classes, self.strength),
+        )
 
 # %% ../nbs/201_strategies.ipynb #518ee162
 @register
@@ -253,6 +270,7 @@ class HardMiningStrategy(LabelsOnPixels):
 
     def begin(self, network, x):
         "A new head: all classes alike."
+        super().begin(network, x)
         self.new_head(self.features(x, network))
 
     def new_head(self, f):
@@ -262,7 +280,7 @@ class HardMiningStrategy(LabelsOnPixels):
 
     def generate(self, x, y, network=None, generator=None):
         check_labels(y, self.num_classes)
-        return overlay(x, self.hard_labels(x, y, network, generator), self.num_classes)
+        return overlay(x, self.hard_labels(x, y, network, generator), self.num_classes, self.strength)
 
     def streams(self, x, y, network=None, generator=None):
         labels = torch.stack([y, self.hard_labels(x, y, network, generator)])

@@ -54,6 +54,10 @@ class Rows:
         "The rows written out."
         return self.spread(self.base)
 
+    def minus(self, center):
+        "The same rows as floats with `center`, the shape of an image, taken off each image in them."
+        raise NotImplementedError(f"{type(self).__name__} has no images of its own to centre")
+
     def product(self, weight, bias, out=None):
         "`dense() @ weight.T + bias` of flattened rows, `[rows, units]`, written into `out` where that is given."
         z = self.spread(self.base.flatten(1) @ weight.t())
@@ -122,6 +126,13 @@ class Shared(Rows):
             out = out + z[column]
         return out if self.scale is None else out * self.scale.to(z.dtype).view(-1, *[1] * (z.ndim - 1))
 
+    def minus(self, center):
+        if self.index.shape[1] > 1:
+            raise ValueError(
+                "a row that is a sum of several cannot be centred; take inputs='normalised' for this network"
+            )
+        return Shared(as_float(self.base) - center, self.index, self.scale)
+
     def prepare(self, how, scaling, dtype, flat):
         """The same rows as floats, brought to scale.
 
@@ -167,6 +178,10 @@ class Paired(Rows):
             z, beside = z.chunk(2)
         same = z if beside is z else torch.lerp(z, beside, 0.5)
         return torch.cat([same, torch.lerp(z, beside[self.partner], 0.5)], out=out)
+
+    def minus(self, center):
+        others = None if self.others is None else as_float(self.others) - center
+        return Paired(as_float(self.images) - center, self.partner, others)
 
     def prepare(self, how, scaling, dtype, flat):
         "The pairs of images, each of which is brought to scale by itself; see `Shared.prepare`."

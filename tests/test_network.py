@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from ff_research.data import load
-from ff_research.labels import labelled
-from ff_research.layers import FFConv, FFLinear, Layer, Merge, normalise
+from ff_research.data import centred, load
+from ff_research.labels import labelled, overlay
+from ff_research.layers import FFConv, FFLinear, Layer, Merge, normalise, prepare
 from ff_research.network import Network, activities, look, reading, ready, run_layer, twin, walk
+from ff_research.readout import linear_probe
+from ff_research.strategies import STRATEGIES
 from ff_research.streams import Streams
+from ff_research.training import train
 
 IMAGES = load("digits")
 ZEROS = Streams(torch.zeros(2, 3), None, (2,))
@@ -148,3 +151,33 @@ def test_a_network_without_weights_has_a_type_and_a_device():
     assert network.dtype == torch.float32 and network.device.type == "cpu"
     h, out = look(network)(1, network.layers[0], [torch.ones(2, 3)], ZEROS, 0)
     assert torch.equal(h, out)
+
+
+def test_a_network_centres_after_negatives_are_made(digits):
+    "Same as images that were centred beforehand, but for rounding; label places hold labels only, of a tenth of the energy."
+    strategy = STRATEGIES["label_embedding"](10)
+    network = Network([64, 50], inputs="centred")
+    with pytest.raises(ValueError, match="has seen no images yet"):
+        network(digits.x_test[:2])
+    network.see(digits, strategy.label_pixels)
+    strategy.begin(network, digits.x_train[:2])
+    before = centred(digits, 10.0)
+    labels = digits.y_train[None, :9]
+    rows = network.prepare(strategy.write(digits.x_train[:9], labels).x).dense()
+    expected = prepare(overlay(before.x_train[:9], labels[0], 10), 64)
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
+    dense = network.prepare(strategy.create_positive(digits.x_train[:9], labels[0]))
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5)
+    assert strategy.strength == pytest.approx((network.energy / 10).sqrt().item())
+
+
+@pytest.mark.parametrize("name", ["hard_mining", "self_contrastive", "masking", "adversarial", "all_labels"])
+def test_every_kind_of_strategy_trains_a_network_that_centres(name, digits, tmp_path):
+    few = replace(digits, name="few", x_train=digits.x_train[:300], y_train=digits.y_train[:300])
+    quiet = dict(epochs=2, progress=False, device="cpu", precision="bf16", lr=1e-3)
+    network = Network([64, 40, 40], inputs="centred")
+    train(network, few, STRATEGIES[name](10), checkpoint=tmp_path / "a", **quiet)
+    again = Network([64, 40, 40], inputs="centred")
+    train(again, few, STRATEGIES[name](10), checkpoint=tmp_path / "a", **quiet)  # all there: loaded, mean image too
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values()))
+    assert torch.equal(again.center, network.center) and linear_probe(network, few)["test"]["layer_1"] < 60

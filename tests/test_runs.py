@@ -115,7 +115,9 @@ def test_a_recipe_may_ask_for_all_images_but_not_in_a_search(monkeypatch):
     )
     whole = TINY.vary(all_images=True)
     row, trial, plain = run(whole, 0, **QUIET), run(whole, 0, test=False, **QUIET), run(TINY, 0, test=False, **QUIET)
-    assert seen == [1437, 1137, 1137] and row["data"] == dict(name="digits", train=1437, validation=300, test=360)
+    assert seen == [1437, 1137, 1137] and row["data"] | {"checksum": ""} == dict(
+        name="digits", checksum="", train=1437, validation=300, test=360
+    )
     assert set(row["errors"]) == {"test"} and set(row["errors"]["test"]) == {"per_label", "probe"}
     assert trial["errors"] == plain["errors"] and trial["weights"] == plain["weights"] != row["weights"]
 
