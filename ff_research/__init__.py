@@ -7,7 +7,7 @@ modules (`from ff_research.training import train`).
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ff_research.backprop import train_backprop

@@ -19,7 +19,7 @@ def nearest(name, known):
 
 
 def one_of(name, known, what):
-    "Raise ValueError, with the nearest right name, unless `name` is in `known`; what: the kind of thing, for the message."
+    "Raise ValueError, with the nearest right name, unless `name` is in `known`; what: the kind of thing, in words."
     if name not in known:
         near = nearest(name, known)
         raise ValueError(
@@ -34,7 +34,7 @@ def shown(text, most=1000):
 
 # %% ../nbs/900_checks.ipynb #8ee544a8
 def best_device(device="auto"):
-    'A torch device; "auto" takes CUDA, else Apple\'s MPS, else the CPU. Raises ValueError for a device that is not there.'
+    'A torch device; "auto" takes CUDA, else Apple\'s MPS, else the CPU. Raises ValueError for one that is not there.'
     if device != "auto":
         try:
             torch.empty(0, device=device)
@@ -50,7 +50,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def best_precision(precision="auto", device="cpu"):
-    '"fp32" or "bf16"; "auto" takes bf16 where the hardware multiplies bfloat16 matrices. Raises ValueError for another name.'
+    '"fp32" or "bf16"; "auto" takes bf16 where the hardware multiplies it. Raises ValueError for another name.'
     one_of(precision, ("auto", *PRECISIONS), "precision")
     if precision != "auto":
         return precision
@@ -64,7 +64,7 @@ def best_precision(precision="auto", device="cpu"):
 # %% ../nbs/900_checks.ipynb #4d593a19
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write to, which takes the place of `path` once the block has ended and its bytes are on the disk.
+    """A binary file to write to, which replaces `path` once the block has ended and its bytes are on the disk.
 
     Where the block raises, or the disk is full, the old file stays as it was and nothing is left beside it.
     """

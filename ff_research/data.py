@@ -279,7 +279,7 @@ def load(name_or_path: str | Path, root: str | Path | None = None, device: str |
 
 # %% ../nbs/101_data.ipynb #c0744894
 def checksum(images: Images) -> str:
-    "16 hexadecimal digits that stand for a data set's content: equal only if every pixel and every label is, in this order."
+    "16 hexadecimal digits that stand for a data set's content: equal only if all pixels and labels are, in this order."
     digest = hashlib.blake2b(str((images.shape, images.num_classes)).encode(), digest_size=8)
     for part in (images.x_train, images.y_train, images.x_test, images.y_test):
         digest.update(str(part.dtype).encode())

@@ -256,7 +256,8 @@ def prepare(x, inputs=None, dtype=torch.float32, how="normalised", center=None):
     """Inputs of a first layer from images `[rows, …]` or `Rows`: floats, each row brought to scale.
 
     inputs: flatten the images and demand this many pixels; None keeps their shape. how: "normalised", root mean square
-    1 in each row; "standardised", the row's mean is taken off first; "plain", as they are. center: is taken off each image first. Raises ValueError where they
+    1 in each row; "standardised", the row's mean is taken off first; "plain", as they are. center: is taken off
+    each image first. Raises ValueError where they
     do not fit.
     """
     if inputs is not None and x.shape[1:].numel() != inputs:

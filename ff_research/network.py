@@ -129,8 +129,9 @@ class Network(nn.Module):
     def centre_on(self, images, label_pixels=0):
         """Take the mean of the training images as what `inputs="centred"` takes off, and note their energy without it.
 
-        label_pixels: so many first pixels hold labels, and are not centred. Images are centred after negatives are made:
-        masks, noise and adversarial steps are defined on pixels in 0…1. energy: mean squared length of a centred image.
+        label_pixels: so many first pixels hold labels, and are not centred. Images are centred after negatives are
+        made: masks, noise and adversarial steps are defined on pixels in 0…1. energy: mean squared length of an image
+        without the mean.
         """
         total, count = 0.0, len(images.x_train)
         for x, _ in images.pieces():

@@ -144,7 +144,7 @@ class Part(BaseModel):
 class NetworkPart(Part):
     """`widths`: units of each layer. `full_gradient`: through inactive units too. `triangle`: what lies above the mean.
 
-    `inputs`: how the network scales what it reads, "normalised", "standardised" or "centred" (`Network`); None: its default.
+    `inputs`: how the network scales what it reads: "normalised", "standardised" or "centred"; None: its default.
     """
 
     widths: Widths = (1000, 1000, 1000)

@@ -205,8 +205,8 @@ def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=
     """Errors in %, {part: {read-out: error}}, on the validation images and, if `test`, on the test images.
 
     validation: the images with the held-out part as `x_test`. probe: also of the linear probe, which a method without
-    another read-out has in any case. wrong: a dictionary that takes which test images were read wrong, by "labels" and by
-    the joined "probe". where: `device` and `precision`.
+    another read-out has in any case. wrong: a dictionary that takes which test images were read wrong, by "labels" and
+    by the joined "probe". where: `device` and `precision`.
     """
     whole = recipe.all_images and test  # then nothing is left that validation could mean
     parts = ("test",) if whole else ("validation", "test") if test else ("validation",)

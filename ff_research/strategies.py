@@ -146,8 +146,8 @@ def make_strategy(name, num_classes, **options):
 class LabelsOnPixels(Strategy):
     """Base of the strategies whose positives carry their label in the first pixels (`labels.overlay`).
 
-    strength: the value of a label's pixel: 1; in a network that centres its inputs, so much that the label has a tenth of
-    the mean energy of an image, as in `data.centred`.
+    strength: the value of a label's pixel: 1; in a network that centres its inputs, so much that the label has a tenth
+    of the mean energy of an image, as in `data.centred`.
     """
 
     contrasts_labels = True

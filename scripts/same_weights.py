@@ -162,10 +162,10 @@ def main(commit):
     differ = [name for name in there if there[name] != here[name] and name not in more]
     for name in differ:
         print(f"DIFFERS  {name}: {there[name]} at {commit}, {here[name]} here")
-    refused = sum(value.startswith("refused") for value in there.values())
-    print(
-        f"{len(there) - len(differ)} of {len(there)} cases agree bit for bit ({refused} of them refused by both); {len(differ)} differ"
-    )
+    refused = sum(value.startswith("refused") for value in here.values())
+    agree = len(there) - len(differ) - len(more)
+    print(f"{agree} of {len(there)} cases agree bit for bit ({refused} of them refused by both); {len(differ)} differ")
+    print(f"refused at {commit}, trained here: {', '.join(more) or 'none'}")
     return 1 if differ else 0
 
 

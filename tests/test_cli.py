@@ -178,9 +178,8 @@ def test_stopped_by_hand_says_so_and_goes_on(folder):
         text=True,
         preexec_fn=heed,
     )
-    for _ in range(
-        6000
-    ):  # until the first epoch is done: before it the signal may meet a progress bar that is being made, and Python tells of that
+    # until the first epoch is done: before it the signal may meet a progress bar that is being made, which Python tells
+    for _ in range(6000):
         if (
             process.poll() is not None
             or checkpoint.exists()

@@ -154,7 +154,7 @@ def test_a_network_without_weights_has_a_type_and_a_device():
 
 
 def test_a_network_centres_after_negatives_are_made(digits):
-    "Same as images that were centred beforehand, but for rounding; label places hold labels only, of a tenth of the energy."
+    "Same as images that were centred beforehand, but for rounding; a label has a tenth of their energy."
     strategy = STRATEGIES["label_embedding"](10)
     network = Network([64, 50], inputs="centred")
     with pytest.raises(ValueError, match="has seen no images yet"):

@@ -115,7 +115,7 @@ def recurrent():
 
 
 def resumes(make, strategy, images, stop, tmp_path, **options):
-    "Whether a run that stops after some epochs and goes on in fresh objects ends like an unbroken one, buffers included."
+    "Whether a run that stops and goes on in fresh objects ends like an unbroken one, buffers included."
     options = QUIET | options
 
     class Stopped(Exception):

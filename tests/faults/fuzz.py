@@ -1949,7 +1949,8 @@ def main(arguments=None):
         rows += of_kind
         for r in of_kind:
             print(
-                f"{kind:11}{r['family']:20}{r['cases']:6}{r['answered']:9}{r['loaded']:7}{r['failed']:7}{r['peak_extra_memory_mb']:7.1f}{r['seconds']:8.1f}",
+                f"{kind:11}{r['family']:20}{r['cases']:6}{r['answered']:9}{r['loaded']:7}{r['failed']:7}"
+                f"{r['peak_extra_memory_mb']:7.1f}{r['seconds']:8.1f}",
                 flush=True,
             )
     if given.out:
