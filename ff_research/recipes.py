@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'READINGS', 'Word', 'Words', 'Data', 'Widths', 'Epochs', 'Rates', 'Number', 'Batch',
-           'LayerNumber', 'Flag', 'Text', 'Options', 'Readings', 'SETTINGS', 'LATER', 'OWN', 'FILES', 'RECIPES',
-           'brief', 'is_whole', 'Part', 'NetworkPart', 'StrategyPart', 'ObjectivePart', 'SchedulePart', 'OptimizerPart',
-           'ReadoutPart', 'as_tuples', 'as_stages', 'Recipe', 'load_recipes', 'recipe']
+           'LayerNumber', 'Flag', 'Text', 'Options', 'Shots', 'Readings', 'SETTINGS', 'LATER', 'OWN', 'FILES',
+           'RECIPES', 'brief', 'is_whole', 'Part', 'NetworkPart', 'StrategyPart', 'ObjectivePart', 'SchedulePart',
+           'OptimizerPart', 'ReadoutPart', 'as_tuples', 'as_stages', 'Recipe', 'load_recipes', 'recipe']
 
 # %% ../nbs/901_recipes.ipynb #328aa6bd
 import inspect
@@ -129,6 +129,10 @@ LayerNumber = _kind(lambda v: is_whole(v, 1, 1000), "a whole number from 1 to 10
 Flag = _kind(lambda v: isinstance(v, bool), "true or false")
 Text = _kind(lambda v: isinstance(v, str), "a text")
 Options = _kind(_are_pairs, "(name, value) pairs")
+Shots = _kind(
+    lambda v: isinstance(v, tuple) and len(v) <= 10 and all(is_whole(n, 1, 10_000) for n in v),
+    "a list of whole numbers from 1 to 10,000",
+)
 Readings = _kind(
     lambda v: isinstance(v, tuple) and all(isinstance(name, str) and name in READINGS for name in v),
     f"a list of names from {', '.join(READINGS)}",
@@ -206,13 +210,15 @@ class ReadoutPart(Part):
 
     `first`: the first layer whose goodness read-out A sums, and which is in the loss of method "pairwise".
     `probes`: "softmax" (`fit_probe`) or "ridge" (`fit_ridge`: faster, a little weaker), for each layer and for layers
-    `joined`, …, L together. `readings`: names of `READINGS`, further probes of the same network.
+    `joined`, …, L together. `readings`: names of `READINGS`, further probes of the same network. `shots`: numbers of
+    labelled images of each class for a probe that knows no more (`low_shot_errors`), of layers 2, …, L together.
     """
 
     probes: _known(PROBES) = "softmax"
     first: LayerNumber = 2
     joined: LayerNumber = 2
     readings: Readings = ()
+    shots: Shots = ()
 
 # %% ../nbs/901_recipes.ipynb #21ee1998
 def _check_options(part, takes, fits, words):
@@ -255,6 +261,7 @@ SETTINGS = {  # the name of a setting in a row's `config`, and where it stands i
     "probes": ("readout", "probes"),
     "joined": ("readout", "joined"),
     "readings": ("readout", "readings"),
+    "shots": ("readout", "shots"),
     "pretext": ("pretext",),
     "all_images": ("all_images",),
 }
@@ -269,6 +276,7 @@ LATER = dict(
     probes="softmax",
     joined=2,
     readings=(),
+    shots=(),
     pretext=None,
     all_images=False,
 )

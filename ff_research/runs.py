@@ -44,6 +44,7 @@ from .recipes import recipe as named
 from .results import append_row, pack, read_rows, results_folder, same_run
 from .strategies import STRATEGIES
 from .training import NUMERICS, train
+from .transfer import low_shot_errors
 
 # %% ../nbs/902_runs.ipynb #113e42d7
 def commit():
@@ -230,6 +231,10 @@ def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=
             errors[part][kind] = {name: round(error, 4) for name, error in found[part].items()}
     if test and wrong is not None:
         wrong["probe"] = list(missed.values())[-1]
+    if test and recipe.readout.shots and network is not None:
+        how = dict(neutral_label=images.num_classes if contrasts_labels(recipe) else False, **where)
+        few = low_shot_errors(network, images, recipe.readout.shots, **how)
+        errors["test"]["low_shot"] = {str(k): round(error, 4) for k, error in few.items()}
     return errors
 
 # %% ../nbs/902_runs.ipynb #cdd743ea

@@ -516,3 +516,12 @@ def test_commit_tells_a_clean_tree_from_an_edited_one(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{12}-dirty", commit())
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None
+
+
+def test_a_recipe_may_ask_for_few_labels_too():
+    "Of each class, in the row's errors on the test images; a search, which does not read these, has none."
+    recipe = TINY.vary(shots=(1, 5))
+    few = run(recipe, 0, **QUIET)["errors"]["test"]["low_shot"]
+    assert few.keys() == {"1", "5"} and 90 > few["1"] > few["5"]
+    assert "low_shot" not in run(recipe, 0, test=False, **QUIET)["errors"]["validation"]
+    assert "shots" not in TINY.identity() and recipe.identity()["shots"] == [1, 5]
