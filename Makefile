@@ -12,9 +12,9 @@ NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread: small networks gain nothing from more, and stored outputs stay the same from machine to machine.
-test coverage faults execute: export OMP_NUM_THREADS := 1
+test coverage faults claims execute: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test coverage faults export execute book bench clean
+.PHONY: help setup demo test coverage faults claims export execute book bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ faults: setup  ## kill runs, stage mishaps, feed hostile files, soak for an hour
 	@$(BIN)/python -m tests.faults.mishaps --out $(RELIABILITY)/mishaps.jsonl
 	@$(BIN)/python -m tests.faults.fuzz --cases 10000 --out $(RELIABILITY)/fuzz.jsonl
 	@$(BIN)/python -m tests.faults.soak --minutes 60 --out $(RELIABILITY)/soak.jsonl
+
+claims: setup  ## derive every claim of README and key findings from its rows again, and fail where one does not hold
+	@$(BIN)/python -c "import sys; from ff_research.claims import main; sys.exit(main())"
 
 export: setup  ## write ff_research/ from the notebooks
 	@$(BIN)/nbdev_export

@@ -28,7 +28,9 @@ setup(
     project_urls={"Source": cfg["git_url"], "Book": cfg["doc_host"] + cfg["doc_baseurl"]},
     license=cfg["license"].upper(),
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "configs/*.toml", "published/*.jsonl", "published/*/*.jsonl"]},
+    package_data={
+        cfg["lib_path"]: ["py.typed", "claims.toml", "configs/*.toml", "published/*.jsonl", "published/*/*.jsonl"]
+    },
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -63,7 +63,7 @@ def test_wheel_holds_the_package_its_recipes_and_the_published_rows(built):
     tree, _, wheel = built
     files = {
         path.relative_to(tree).as_posix(): path.read_bytes()
-        for pattern in ("*.py", "py.typed", "configs/*.toml", "published/*.jsonl", "published/*/*.jsonl")
+        for pattern in ("*.py", "py.typed", "claims.toml", "configs/*.toml", "published/*.jsonl", "published/*/*.jsonl")
         for path in (tree / "ff_research").glob(pattern)
     }
     assert {"ff_research/published/probe.jsonl", "ff_research/configs/papers.toml"} <= files.keys()
