@@ -41,7 +41,8 @@ from .pretext import PRETEXTS, pretext
 from .readout import fit_probe, fit_ridge, head_error, linear_probe, missed_by_label, probe_errors
 from .recipes import OBJECTIVES, READINGS, Recipe, brief, is_whole
 from .recipes import recipe as named
-from .results import append_row, pack, read_rows, results_folder, same_run
+from .results import append_row, read_rows, results_folder, same_run
+from .statistics import pack
 from .strategies import STRATEGIES
 from .training import NUMERICS, train
 from .transfer import low_shot_errors

@@ -19,8 +19,6 @@ from scipy import stats
 
 from ff_research import results
 from ff_research.results import (
-    pack,
-    unpack,
     DamagedRow,
     append_row,
     as_table,
@@ -374,20 +372,6 @@ def test_html_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "great_tables", None)
     with pytest.raises(ImportError, match=r"ff_research\[book\]"):
         as_table([dict(a=1)], dict(a="a"), "html")
-
-
-@pytest.mark.parametrize("images, share", [(1, 1.0), (7, 0.5), (10_000, 0.5), (10_000, 0.01)])
-def test_packed_masks_come_back_and_stay_short(images, share):
-    mask = np.random.default_rng(0).random(images) < share
-    text = pack(mask)
-    assert np.array_equal(unpack(text), mask) and len(text) < 3000
-    assert json.loads(json.dumps(text)) == text
-
-
-@pytest.mark.parametrize("text", [None, "", "5", "5:", "x:eJw=", "9:eJxjAAAAAQAB", "8:not base64", "-1:eJxjAAAAAQAB"])
-def test_what_is_no_packed_mask_is_refused(text):
-    with pytest.raises(ValueError, match="no packed list of images"):
-        unpack(text)
 
 
 def test_rows_of_other_data_are_other_runs():
