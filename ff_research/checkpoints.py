@@ -116,7 +116,9 @@ def _checksum(tensors):
 
 def _parted(states):
     "The states of callbacks as tensors by name, and as what JSON can hold."
-    tensors = {f"callback.{i}.{key}": v for i, state in enumerate(states) for key, v in state.items() if torch.is_tensor(v)}
+    tensors = {
+        f"callback.{i}.{key}": v for i, state in enumerate(states) for key, v in state.items() if torch.is_tensor(v)
+    }
     return tensors, [{key: v for key, v in state.items() if not torch.is_tensor(v)} for state in states]
 
 

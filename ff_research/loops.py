@@ -153,7 +153,9 @@ class Told:
         states, self.stopped = kept["states"], kept["stopped"]
         where = shown(str(path))
         if len(states) != len(self.keeping):
-            raise ValueError(f"{where}: damaged, it holds the state of {len(states)} callbacks, not {len(self.keeping)}")
+            raise ValueError(
+                f"{where}: damaged, it holds the state of {len(states)} callbacks, not {len(self.keeping)}"
+            )
         for one, state in zip(self.keeping, states):
             try:
                 one.load_state_dict(state)

@@ -126,7 +126,8 @@ def first_read(recipe):
 def fit(recipe, network, images, seed, **options):
     """Train a recipe's network; gives the `History`.
 
-    options: `checkpoint`, `progress`, `after_epoch`, `device`, `precision`, as in `train`.
+    options: `checkpoint`, `progress`, `callbacks`, `after_epoch`, `device`, `precision`, as in `train`. Raises
+    KeyboardInterrupt where Ctrl-C ended the run: no row may come from it.
     """
     schedule, optimizer = recipe.schedule, recipe.optimizer
     shared = dict(
@@ -140,12 +141,12 @@ def fit(recipe, network, images, seed, **options):
         **options,
     )
     if recipe.method == "backprop":
-        return train_backprop(network, images, **shared)
+        return train_backprop(network, images, **shared).whole()
     shared |= dict(strategy=strategy_of(recipe, images.num_classes), objective=objective_of(recipe))
     if recipe.method == "pairwise":
-        return train_backprop(network, images, first=first_read(recipe), **shared)
+        return train_backprop(network, images, first=first_read(recipe), **shared).whole()
     shared |= dict(schedule=schedule.name, collaboration=schedule.collaboration, peer=recipe.objective.peer)
-    return train(network, images, **shared)
+    return train(network, images, **shared).whole()
 
 
 def fingerprint(network):

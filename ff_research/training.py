@@ -555,8 +555,6 @@ def train(
                 learner.refresh()
 
         try:
-            return run_epochs(
-                one_epoch, live, refresh, generators, settings, checkpoint, progress, told, compare_with
-            )
+            return run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progress, told, compare_with)
         finally:
             network.eval()
