@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from operator import index
 from pathlib import Path
 
 import torch
@@ -189,7 +190,7 @@ def train_backprop(
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
     check_kinds(network, strategy, objective, needed=False)
-    callbacks = check_callbacks(callbacks)
+    callbacks, seed, batch_size = check_callbacks(callbacks), index(seed), index(batch_size)
     _check_backprop(network, images, epochs, batch_size, strategy, first)
     if strategy is not None:
         objective = _pairwise_objective(network, strategy, objective)

@@ -291,8 +291,9 @@ def _nearly_silent(courses):
 
 
 def _is_still(course):
-    "Whether a layer's mean goodness is within a hundredth of its first epoch's."
-    return all(abs(g[-1] - g[0]) <= 0.01 * abs(g[0]) for g in course[1:])
+    "Whether a layer's mean goodness is within a fiftieth of its first epoch's, and its separation where it was."
+    separation, *both = course
+    return abs(separation[-1] - separation[0]) < 0.05 and all(abs(g[-1] - g[0]) <= 0.02 * abs(g[0]) for g in both)
 
 
 def _at_chance(courses, y, paired):
@@ -305,7 +306,7 @@ def _at_chance(courses, y, paired):
     if paired is None:
         paired = all(math.isfinite(v) for *_, g_neg in courses.values() for v in g_neg)
     if paired and most < 0.6 and all(map(_is_still, courses.values())):
-        return f"after {epochs} epochs no layer's goodness has moved by 1 % (separation {last}). {REMEDIES}"
+        return f"after {epochs} epochs no layer's goodness has moved by 2 % (separation {last}). {REMEDIES}"
     if paired and most <= 0.5 + max(0.01, error) and min(seen) > 0.3:
         return f"after {epochs} epochs no layer has told positives from negatives (separation {last}). {REMEDIES}"
     own = all(math.isnan(v) for *_, g_neg in courses.values() for v in g_neg)
@@ -321,7 +322,7 @@ def _at_chance(courses, y, paired):
 def doubt(history, told):
     "What a run's history gives rise to, as a sentence, or None: a layer nearly silent, or none better than chance."
     courses, y = _courses(history, told.heights), getattr(told.images, "y_train", torch.zeros(0))
-    over = len(history) == len(told.heights) and told.steps >= 40 and len(y) > 0
+    over = len(history) == len(told.heights) and told.steps >= 30 and len(y) > 0
     long = over and {layer for row in told.heights for layer in row} == courses.keys()
     long = long and min(len(separation) for separation, *_ in courses.values()) >= 3
     return _nearly_silent(courses) or (_at_chance(courses, y, told.paired) if long else None)

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 
 import torch
@@ -502,7 +503,7 @@ def train(
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
     check_kinds(network, strategy, objective)
-    callbacks = check_callbacks(callbacks)
+    callbacks, seed, batch_size = check_callbacks(callbacks), index(seed), index(batch_size)
     _check_collaboration(network, strategy, collaboration, overlap)
     draw = _draws(draw, schedule, network, strategy)
     check_images(images, network, min(epochs) if isinstance(epochs, (list, tuple)) else epochs, batch_size, strategy)
