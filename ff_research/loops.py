@@ -369,7 +369,8 @@ def _run(one_epoch, live, generators, settings, checkpoint, progress, told, hist
                 history.epochs.append(one_epoch(epoch, pause))
             told.steps += pause.steps
             if not warned and (found := doubt(history, told)):
-                warn(found)
+                with bar.external_write_mode():  # not at the end of the bar's line
+                    warn(found)
                 warned = True
             told.epoch(history)
             if checkpoint is not None:
