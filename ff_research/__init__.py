@@ -11,6 +11,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ff_research.backprop import train_backprop
+    from ff_research.callbacks import EarlyStopping
     from ff_research.data import Images, from_arrays, load
     from ff_research.layers import FFConv, FFLinear, Layer
     from ff_research.network import Network
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ff_research.training import train
 
 _ROOMS = {
+    "EarlyStopping": "callbacks",
     "Images": "data",
     "from_arrays": "data",
     "load": "data",
@@ -40,6 +42,7 @@ _ROOMS = {
     "run": "runs",
 }
 __all__ = [
+    "EarlyStopping",
     "FFConv",
     "FFLinear",
     "Images",

@@ -9,7 +9,9 @@ __all__ = ['EndToEnd', 'Pairwise', 'train_backprop']
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from operator import index
 from pathlib import Path
 
 import torch
@@ -21,12 +23,13 @@ from .data import Images
 from .goodness import mean_of_squares, sum_of_squares
 from .layers import FFLinear, hand_on
 from .learners import Recorded
+from .loops import Told, begun, check_callbacks, longer, part_of_run, run_epochs
 from .network import Network, activities, ready, run_layer, walk
 from .objectives import GoodnessObjective, Objective
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .strategies import Strategy
 from .streams import Streams
-from .training import check_images, forked, run_epochs, settings_of
+from .training import check_images, check_kinds, forked, settings_of
 
 # %% ../nbs/110_backprop.ipynb #b7f08f23
 class EndToEnd:
@@ -133,7 +136,7 @@ def _new_head(network, images):
 
 def _check_backprop(network, images, epochs, batch_size, strategy, first):
     "Raise ValueError for settings that backpropagation cannot use."
-    if not isinstance(epochs, int):
+    if not isinstance(epochs, Integral):
         raise ValueError(f"epochs={epochs!r}: expected one number, since all layers learn at once")
     check_images(images, network, epochs, batch_size, strategy)
     if any(getattr(layer, "full_gradient", False) for layer in network.layers):
@@ -166,7 +169,9 @@ def train_backprop(
     device: str | torch.device = "auto",
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence = (),
     after_epoch: Callable | None = None,
+    extend: bool = False,
     strategy: Strategy | None = None,
     objective: Objective | None = None,
     first: int = 1,
@@ -184,11 +189,14 @@ def train_backprop(
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
+    check_kinds(network, strategy, objective, needed=False)
+    callbacks, seed, batch_size = check_callbacks(callbacks), index(seed), index(batch_size)
     _check_backprop(network, images, epochs, batch_size, strategy, first)
     if strategy is not None:
         objective = _pairwise_objective(network, strategy, objective)
     device = best_device(device)
     precision = best_precision(precision, device)
+    images = begun(callbacks, network, images)
     images, network = images.to(device), network.to(device)
     network.see(images, 0 if strategy is None else strategy.label_pixels)
     if strategy is None and not hasattr(network, "head"):
@@ -207,6 +215,7 @@ def train_backprop(
         batch_size=batch_size,
         precision=precision,
         device=device.type,
+        **part_of_run(callbacks),
     )
     if strategy is not None:
         settings |= dict(strategy=repr(strategy), objective=repr(objective)) | ({"first": first} if first > 1 else {})
@@ -218,18 +227,16 @@ def train_backprop(
             learner = Pairwise(network, strategy, objective, first, generators["generator"], *options)
             strategy.begin(learner.twin, images.x_train[:2])
         one_epoch = _epoch(learner, images, LR_SCHEDULES[lr_schedule], epochs, batch_size, generators["generator"])
+        table, paired = torch.ones(epochs, 1, dtype=torch.bool), strategy is not None
+        told = Told(callbacks, after_epoch, network, images, generators, table, precision, paired)
+
+        def planned(theirs):
+            return torch.ones(theirs["epochs"], 1, dtype=torch.bool)
+
+        compare_with = longer(settings, table, planned, LR_SCHEDULES[lr_schedule], extend=extend)
+        state, rest = learner.live(), (settings, checkpoint, progress, told, compare_with)
         try:
-            return run_epochs(
-                epochs,
-                one_epoch,
-                learner.live(),
-                learner.refresh,
-                generators,
-                settings,
-                checkpoint,
-                progress,
-                after_epoch and (lambda epoch: after_epoch(epoch, network)),
-            )
+            return run_epochs(one_epoch, state, learner.refresh, generators, *rest)
         finally:
             network.eval()
             network.precision = "fp32"
@@ -239,13 +246,14 @@ def _epoch(learner, images, factor, epochs, batch_size, generator):
     "A function of the number of an epoch, which runs it."
     step = Recorded(generator)
 
-    def one_epoch(epoch):
+    def one_epoch(epoch, pause):
         start, sums, steps = time.perf_counter(), torch.zeros(2, device=generator.device), 0
         learner.network.train()
         step.begin(lambda x, y: sums.add_(torch.stack(learner.learn(Streams(x, y, (len(y),)), factor(epoch, epochs)))))
         for x, y, _ in images.batches(batch_size, generator):
             step(x, y.long())
             steps += 1
+            pause()
         learner.network.eval()
         loss, accuracy = (sums / max(steps, 1)).tolist()
         if not (math.isfinite(loss) and all(torch.isfinite(w).all() for w in learner.master)):

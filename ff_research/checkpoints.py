@@ -29,10 +29,12 @@ class History:
 
     loss: mean local loss; separation: share of the batch's pairs whose positive has the higher goodness, 0.5 is chance
     (of an objective with class scores: share of images whose own class has the highest); g_pos, g_neg: mean goodness;
-    and `seconds`, the epoch's own time.
+    and `seconds`, the epoch's own time. interrupted: whether Ctrl-C ended the run; stopped: whether a callback did.
     """
 
     epochs: list = field(default_factory=list)
+    interrupted: bool = False
+    stopped: bool = False
 
     def __len__(self):
         return len(self.epochs)
@@ -40,6 +42,12 @@ class History:
     def column(self, key):
         "One quantity as `[epochs][layers]`."
         return [epoch[key] for epoch in self.epochs]
+
+    def whole(self):
+        "The history itself; raises KeyboardInterrupt where Ctrl-C ended the run, for programs that must not go on then."
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self
 
 # %% ../nbs/911_checkpoints.ipynb #a805e773
 class Diverged(RuntimeError):
@@ -106,17 +114,29 @@ def _checksum(tensors):
     return str(crc)
 
 
-def save_checkpoint(path, tensors, epoch, settings, history, generators):
+def _parted(states):
+    "The states of callbacks as tensors by name, and as what JSON can hold."
+    tensors = {
+        f"callback.{i}.{key}": v for i, state in enumerate(states) for key, v in state.items() if torch.is_tensor(v)
+    }
+    return tensors, [{key: v for key, v in state.items() if not torch.is_tensor(v)} for state in states]
+
+
+def save_checkpoint(path, tensors, epoch, settings, history, generators, told=None):
     """Write a run's state as safetensors, whole or not at all.
 
-    tensors: everything that an update changes, by name; generators: {name: `torch.Generator`}. Raises OSError, with the
-    old checkpoint untouched, if it cannot.
+    tensors: everything that an update changes, by name; generators: {name: `torch.Generator`}; told: of callbacks,
+    {"stopped": whether one ended the run, "states": [{name: tensor or value}, …]}. Raises OSError, with the old
+    checkpoint untouched, if it cannot.
     """
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    theirs, plain = _parted(told["states"] if told else ())
+    tensors = {name: t.detach().contiguous() for name, t in (tensors | theirs).items()}
     tensors |= {name: generator.get_state() for name, generator in generators.items()}
     header = dict(
         epoch=str(epoch), settings=json.dumps(settings), history=json.dumps(history.epochs), crc=_checksum(tensors)
     )
+    if told and (plain or told["stopped"]):
+        header["callbacks"] = json.dumps(dict(stopped=told["stopped"], states=plain))
     try:
         with replacing(path) as f:
             f.write(serialize(tensors, header))
@@ -151,26 +171,42 @@ def _is_history(epochs, count):
     )
 
 
-def read_checkpoint(path, settings, most):
-    """Epoch, tensors and history from a checkpoint of a run with the same settings and at most `most` epochs.
+def _kept(header, tensors):
+    "What a header and the tensors hold of callbacks; their tensors are taken out of the others."
+    told = json.loads(header.get("callbacks", '{"stopped": false, "states": []}'))
+    stopped, states = told["stopped"], told["states"]
+    if not isinstance(stopped, bool) or not all(isinstance(state, dict) for state in states):
+        raise ValueError("the states of its callbacks are none")
+    for name in [name for name in tensors if name.startswith("callback.")]:
+        i, key = name.removeprefix("callback.").split(".", 1)
+        states[int(i)][key] = tensors.pop(name)
+    return dict(stopped=stopped, states=states)
 
-    Raises ValueError for a damaged file, or one that another run wrote (and says what differs).
+
+def _opened(path):
+    "Everything in a checkpoint, taken apart; raises one of a dozen errors for a damaged one."
+    if not Path(path).is_file():
+        raise ValueError("no regular file")
+    with safe_open(path, framework="pt") as f:
+        header = f.metadata() or {}
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    if "crc" in header and header["crc"] != _checksum(tensors):
+        raise ValueError("its numbers are not those that were written")
+    epoch, settings, epochs = int(header["epoch"]), json.loads(header["settings"]), json.loads(header["history"])
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are none")
+    return epoch, settings, epochs, _kept(header, tensors), tensors
+
+
+def read_checkpoint(path, settings, most, compare_with=None):
+    """Epoch, tensors, history and callbacks' states from a checkpoint of the same settings and at most `most` epochs.
+
+    compare_with: from the settings and the epoch in the file to those that the first must equal, instead of `settings`;
+    it may raise ValueError. Raises ValueError for a damaged file, or one that another run wrote (and says what differs).
     """
     where = shown(str(path))
     try:
-        if not Path(path).is_file():
-            raise ValueError("no regular file")
-        with safe_open(path, framework="pt") as f:
-            header = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-        if "crc" in header and header["crc"] != _checksum(tensors):
-            raise ValueError("its numbers are not those that were written")
-        epoch, theirs, epochs = int(header["epoch"]), json.loads(header["settings"]), json.loads(header["history"])
-        differing = [
-            _difference(key, theirs.get(key), settings.get(key))
-            for key in {**settings, **theirs}
-            if theirs.get(key) != settings.get(key)
-        ]
+        epoch, theirs, epochs, kept, tensors = _opened(path)
     except (
         SafetensorError,
         ArithmeticError,
@@ -185,16 +221,30 @@ def read_checkpoint(path, settings, most):
             f"{where}: damaged, or no checkpoint of ff_research ({shown(str(error), 200)}); "
             "move it away to start afresh"
         ) from error
-    if differing:
-        raise ValueError(
-            f"{where} belongs to another run: {'; '.join(differing[:5])}{'; and more' if differing[5:] else ''}"
-        )
-    if not (0 <= epoch <= most and _is_history(epochs, epoch)):
+    if not (0 <= epoch and _is_history(epochs, epoch)):
         raise ValueError(
             f"{where}: damaged, its history is not that of the {shown(epoch, 60)} epochs it claims; "
             "move it away to start afresh"
         )
-    return epoch, tensors, History(epochs)
+    try:
+        settings = compare_with(theirs, epoch) if compare_with else settings
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    differing = [
+        _difference(key, theirs.get(key), settings.get(key))
+        for key in {**settings, **theirs}
+        if theirs.get(key) != settings.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{where} belongs to another run: {'; '.join(differing[:5])}{'; and more' if differing[5:] else ''}"
+        )
+    if epoch > most:
+        raise ValueError(
+            f"{where}: damaged, its history is not that of the {shown(epoch, 60)} epochs it claims; "
+            "move it away to start afresh"
+        )
+    return epoch, tensors, History(epochs), kept
 
 # %% ../nbs/911_checkpoints.ipynb #d3fb99d5
 def restore(live, stored, generators, path):

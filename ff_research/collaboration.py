@@ -92,7 +92,7 @@ def theta_sweep(widths, images, strategy, thetas, seeds=(0,), *, collaboration=N
                     objective=objective,
                     collaboration=collaboration,
                     **{"progress": False} | options,
-                )
+                ).whole()
             except Diverged:
                 out[a, b] = 100.0
                 continue

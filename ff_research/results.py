@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from scipy import stats
 
 # %% ../nbs/905_results.ipynb #35445f8f
 class DamagedRow(ValueError):
@@ -236,6 +235,8 @@ def summary(rows, key):
     if not len(x):
         return None
     std = x.std(ddof=1) if len(x) > 1 else float("nan")
+    from scipy import stats  # takes a second to import, for which `--help` should not wait
+
     half = stats.t.ppf(0.975, len(x) - 1) * std / np.sqrt(len(x)) if len(x) > 1 else float("nan")
     return dict(mean=float(x.mean()), std=float(std), low=float(x.mean() - half), high=float(x.mean() + half), n=len(x))
 
@@ -253,6 +254,8 @@ def paired_difference(a, b, key, other=None, seed=0):
     d = np.array([x[s] - y[s] for s in common])
     if np.ptp(d) == 0:
         return dict.fromkeys(("mean", "low", "high", "t_low", "t_high"), float(d[0])) | dict(n=len(d), real=bool(d[0]))
+    from scipy import stats
+
     low, high = map(
         float, stats.bootstrap((d,), np.mean, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
     )

@@ -32,7 +32,7 @@ from safetensors.torch import save as serialize
 
 import ff_research
 from .backprop import train_backprop
-from .checks import best_device, best_precision, replacing
+from .checks import best_device, best_precision, execute, replacing
 from .data import DATA_SETS, as_float, centred, checksum, hold_out, load, validation_size
 from .entropy import log_goodness
 from .goodness import sum_of_squares
@@ -146,7 +146,8 @@ def first_read(recipe):
 def fit(recipe, network, images, seed, **options):
     """Train a recipe's network; gives the `History`.
 
-    options: `checkpoint`, `progress`, `after_epoch`, `device`, `precision`, as in `train`.
+    options: `checkpoint`, `progress`, `callbacks`, `after_epoch`, `device`, `precision`, as in `train`. Raises
+    KeyboardInterrupt where Ctrl-C ended the run: no row may come from it.
     """
     schedule, optimizer = recipe.schedule, recipe.optimizer
     shared = dict(
@@ -160,12 +161,12 @@ def fit(recipe, network, images, seed, **options):
         **options,
     )
     if recipe.method == "backprop":
-        return train_backprop(network, images, **shared)
+        return train_backprop(network, images, **shared).whole()
     shared |= dict(strategy=strategy_of(recipe, images.num_classes), objective=objective_of(recipe))
     if recipe.method == "pairwise":
-        return train_backprop(network, images, first=first_read(recipe), **shared)
+        return train_backprop(network, images, first=first_read(recipe), **shared).whole()
     shared |= dict(schedule=schedule.name, collaboration=schedule.collaboration, peer=recipe.objective.peer)
-    return train(network, images, **shared)
+    return train(network, images, **shared).whole()
 
 
 def fingerprint(network):
@@ -406,26 +407,33 @@ def run_and_keep(recipe, seed, *, recipes=None, folder=None, progress=True, **op
     return row
 
 # %% ../nbs/902_runs.ipynb #719e8819
-def run_many(names, seeds, *, recipes=None, engine="local", workers=1, **options):
+def run_many(names, seeds, *, recipes=None, engine="local", workers=1, module=None, **options):
     """Run recipes with seeds, several processes at a time, and yield (name, seed, row or None) as they end.
 
     names: recipes, or names in `recipes` (None: the book's). engine: "local" (processes on this machine, the threads
-    shared out among them) or "ray" (an existing Ray cluster, an extra). options: as in `run_and_keep`.
-    Names are checked before anything runs. Raises ValueError for an unknown recipe or engine, or workers < 1.
+    shared out among them) or "ray" (an existing Ray cluster, an extra). module: a file of Python that every other
+    process executes first, so that it knows what is registered there; in this one, call `checks.execute` yourself.
+    options: as in `run_and_keep`. Names are checked before anything runs. Raises ValueError for an unknown recipe or
+    engine, or workers < 1.
     """
     chosen = [named(name, recipes) for name in names]
     jobs = list(dict.fromkeys((r, check_seed(seed)) for seed in seeds for r in chosen))
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
     if engine == "ray":
-        yield from _on_ray(jobs, options)
+        yield from _on_ray(jobs, options, _source(module))
     elif engine != "local":
         raise ValueError(f"unknown engine {engine!r}; known: local, ray")
     elif workers == 1:
         for recipe, seed in jobs:
             yield recipe.name, seed, run_and_keep(recipe, seed, **options)
     else:
-        yield from _in_processes(jobs, workers, options)
+        yield from _in_processes(jobs, workers, options, _source(module))
+
+
+def _source(module):
+    "Path and text of a file of Python, as `execute` takes them elsewhere; nothing for None."
+    return () if module is None else (str(Path(module).absolute()), Path(module).read_text(encoding="utf-8"))
 
 
 def _worker(recipe, seed, threads, options):
@@ -433,10 +441,11 @@ def _worker(recipe, seed, threads, options):
     return run_and_keep(recipe, seed, **options)
 
 # %% ../nbs/902_runs.ipynb #e81fe598
-def _in_processes(jobs, workers, options):
+def _in_processes(jobs, workers, options, source=()):
     "The jobs in fresh processes; when one fails, or the caller stops, those that have not begun are cancelled."
     threads, options = max(1, torch.get_num_threads() // workers), options | {"progress": False}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    first = dict(initializer=execute, initargs=source) if source else {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **first) as pool:
         waiting = {pool.submit(_worker, recipe, seed, threads, options): (recipe, seed) for recipe, seed in jobs}
         try:
             for done in as_completed(waiting):
@@ -451,16 +460,23 @@ def _in_processes(jobs, workers, options):
             raise
 
 # %% ../nbs/902_runs.ipynb #f6f2489a
-def _on_ray(jobs, options):
+def _elsewhere(source, recipe, seed, options):
+    "A run in a process that may not know the caller's own strategies yet."
+    if source:
+        execute(*source)
+    return run(recipe, seed, **options)
+
+
+def _on_ray(jobs, options, source=()):
     "The same jobs as Ray tasks; each returns its row, and rows are written where this process runs."
     try:
         import ray
     except ImportError as error:
         raise ImportError("engine='ray' needs the extra: pip install ff_research[ray]") from error
     folder, options = results_folder(options.pop("folder", None)), options | {"progress": False}
-    remote = ray.remote(run)
+    remote = ray.remote(_elsewhere)
     waiting = {
-        remote.remote(recipe, seed, **options): (recipe, seed)
+        remote.remote(source, recipe, seed, options): (recipe, seed)
         for recipe, seed in jobs
         if not is_there(recipe, seed, folder)
     }

@@ -312,6 +312,7 @@ def fine_tune(
                 layer.full_gradient = False
         try:
             history = train_backprop(tuned, part, epochs, seed, lr=rate, **{"progress": False} | where | options)
+            history.whole()
             tried.append((head_error(tuned, part, **where), rate, tuned, history))
         except Diverged as diverged:
             failure = diverged

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -22,7 +24,7 @@ from ff_research.results import append_row, read_rows
 from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged
 
-COMMANDS = ("list", "data", "run", "tune", "measure", "table", "compare", "publish", "bench")
+COMMANDS = ("list", "data", "run", "tune", "measure", "table", "compare", "predict", "publish", "bench")
 PROGRAM = [sys.executable, "-c", "from ff_research.cli import main; main()"]
 
 
@@ -99,6 +101,20 @@ WRONG = [
     (["publish", "lowe"], "did you mean 'loewe'"),
     (["compare", "--seeds", "0"], "--seeds"),
     (["bench", "--runs", "0"], "--runs"),
+    (["run", "digits", "--device", "gpu"], "device 'gpu' cannot be used here"),
+    (["run", "digits", "--precision", "fp16"], "unknown precision 'fp16'"),
+    (["run", "digits", "--data", "minst"], "did you mean 'mnist'"),
+    (["run", "digits", "--data", "absent.npz"], "absent.npz: no such file"),
+    (["tune", "digits", "--data", "absent.npz"], "absent.npz: no such file"),
+    (["measure", "parts", "digits", "--data", "absent.npz"], "absent.npz: no such file"),
+    (["compare", "--data", "absent.npz"], "absent.npz: no such file"),
+    (["compare", "--precision", "fp8"], "unknown precision"),
+    (["run", "digits", "--module", "absent.py"], "absent.py: there is no such file of Python"),
+    (["compare", "--module", "absent.py"], "absent.py: there is no such file of Python"),
+    (["predict", "absent.safetensors"], "(?i)images"),
+    (["predict", "absent.safetensors", "absent.png"], "absent.png: there is no such file or folder"),
+    (["predict", "absent.safetensors", "."], "no image in this folder"),
+    (["predict", "absent.safetensors", ".", "--format", "html"], "unknown format 'html'"),
 ]
 
 
@@ -427,3 +443,217 @@ def test_bench_prints_what_was_measured(shell, monkeypatch):
     )
     lines = shell("bench", "--runs", "1")[1].splitlines()
     assert len(lines) == 4 and lines[0] == "fp32, batch 500: products 10.0 ms of a step of 20.0 ms: 50 % (40 to 60)"
+
+
+# Data and methods of one's own
+
+
+METHODS = """
+import torch
+from ff_research.strategies import LabelsOnPixels, register
+from ff_research.labels import overlay
+
+@register
+class Shifted(LabelsOnPixels):
+    "The next label is the wrong one."
+
+    name = "shifted_label"
+
+    def generate(self, x, y):
+        return overlay(x, (y + 1) % self.num_classes, self.num_classes)
+"""
+
+
+@pytest.fixture
+def own(folder):
+    "A data set of three classes, a file of Python with a strategy, and a small recipe that names it."
+    draw = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    x = draw.integers(0, 60, (90, 6, 6)).astype(np.uint8) + (np.arange(6) // 2 == y[:, None, None]) * np.uint8(150)
+    np.savez(folder / "mine.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    (folder / "my_methods.py").write_text(METHODS)
+    (folder / "mine.toml").write_text(
+        MINE.replace("[mine-random]", 'strategy = { name = "shifted_label" }\n[mine-random]')
+    )
+    yield folder
+    STRATEGIES.pop("shifted_label", None)
+
+
+def test_a_recipe_on_other_images_is_another_run(own, shell):
+    code, out, err = shell(
+        "run", "mono-forward" if "mono-forward" in RECIPES else "pixels", "--seeds", "1", "--data", "mine.npz"
+    )
+    name = out.split(",")[0]
+    assert code == 0 and name.endswith("-on-mine"), err
+    (made,) = read_rows(own / "results" / f"{name}.jsonl")
+    assert made["config"]["data"] == "mine.npz" and made["data"]["name"] == "mine"
+    assert "is there already" in shell("run", name.removesuffix("-on-mine"), "--seeds", "1", "--data", "mine.npz")[1]
+
+
+def test_device_and_precision_stand_in_the_row(own, shell):
+    (own / "mine.toml").write_text(MINE)
+    for precision in ("fp32", "bf16"):
+        options = ["--seeds", "1", "--device", "cpu", "--precision", precision, "--results", precision]
+        assert shell("run", "mine.toml", "mine", *options)[0] == 0
+        (made,) = read_rows(own / precision / "mine.jsonl")
+        assert made["precision"] == precision and made["device"].startswith("cpu")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_strategy_of_ones_own_is_known_to_every_process(own, workers):
+    without = subprocess.run([*PROGRAM, "list", "mine.toml"], capture_output=True, text=True, cwd=own)
+    assert without.returncode == 2 and "shifted_label" in without.stderr
+    command = [*PROGRAM, "run", "mine.toml", "--seeds", "1", "--workers", workers, "--module", "my_methods.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=own)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ff-research: running my_methods.py\n") == 1
+    (made,) = read_rows(own / "results" / "mine.jsonl")
+    assert made["config"]["strategy"] == "shifted_label" and "per_label" in made["errors"]["test"]
+
+
+def test_compare_on_ones_own_images_with_ones_own_method(own, small, shell):
+    options = ["--seeds", "1", "--data", "mine.npz", "--module", "my_methods.py"]
+    for workers in ("1", "2"):
+        code, out, err = shell("compare", *options, "--workers", workers, "--results", f"with-{workers}")
+        assert code == 0, err
+        lines = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:]
+        assert lines[0] == "shifted_label-on-mine" and len(lines) == len(small) + 1
+        assert "backprop-on-mine" in lines and "ff-research: running my_methods.py" in err
+        made = read_rows(own / f"with-{workers}" / "shifted_label-on-mine.jsonl")
+        assert [row["config"]["strategy"] for row in made] == ["shifted_label"]
+
+
+def test_a_row_older_than_the_users_file_is_warned_of(own, shell):
+    options = ["mine.toml", "mine", "--seeds", "1", "--module", "my_methods.py"]
+    assert shell("run", *options)[0] == 0
+    os.utime(own / "my_methods.py", (time.time() - 100,) * 2)
+    assert "is older than" not in shell("run", *options)[2]
+    os.utime(own / "my_methods.py", (time.time() + 100,) * 2)
+    with pytest.warns(UserWarning, match="mine, seed 0: its row is older than my_methods.py"):
+        shell("run", *options)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("x = 1\ny = nonsense\n", "my_methods.py, line 2: NameError: name 'nonsense' is not defined"),
+        ("def f(:\n", "my_methods.py, line 1: SyntaxError"),
+        ("import no_such_module\n", "my_methods.py, line 1: ModuleNotFoundError"),
+        ("raise SystemExit(3)\n", "my_methods.py, line 1: SystemExit: 3"),
+        ("\0", "my_methods.py"),
+    ],
+)
+def test_a_faulty_file_of_python_is_one_line(text, said, own, shell):
+    (own / "my_methods.py").write_text(text)
+    code, out, err = shell("run", "digits", "--module", "my_methods.py")
+    told, line = err.splitlines()
+    assert (code, out) == (2, "") and told == "ff-research: running my_methods.py" and said in line
+    assert not (own / "results").exists()
+
+
+def test_a_file_of_python_takes_no_modules_place(own, shell):
+    import statistics
+
+    (own / "statistics.py").write_text("from beside import value\n")
+    (own / "beside.py").write_text("value = 1\n")
+    assert shell("list", "--grep", "digits", "--module", "statistics.py")[0] == 0
+    assert sys.modules["statistics"] is statistics and hasattr(statistics, "median")
+
+
+def test_ray_tasks_execute_the_file_as_well(own, shell, monkeypatch):
+    class Ray:
+        "Runs each task at once, with the strategy unknown as it is in another process."
+
+        def remote(self, function):
+            def call(*arguments):
+                STRATEGIES.pop("shifted_label", None)
+                return function(*arguments)
+
+            return types.SimpleNamespace(remote=call)
+
+        def wait(self, waiting):
+            return waiting[:1], waiting[1:]
+
+        def get(self, value):
+            return value
+
+    class Row(dict):
+        __hash__ = object.__hash__
+
+    usual = runs.run
+    monkeypatch.setattr(runs, "run", lambda *arguments, **options: Row(usual(*arguments, **options)))
+    monkeypatch.setitem(sys.modules, "ray", Ray())
+    options = ["--seeds", "1", "--engine", "ray", "--module", "my_methods.py"]
+    code, out, err = shell("run", "mine.toml", "mine", *options)
+    assert code == 0 and out.startswith("mine, seed 0: per_label "), err
+
+
+def test_a_network_that_learned_nothing_is_one_line(own, shell):
+    slow = 'optimizer = { lr = 1e-9 }\nstrategy = { name = "label_embedding" }\n'
+    (own / "mine.toml").write_text(
+        MINE.replace("epochs = 1", "epochs = 3").replace("[mine-random]", slow + "[mine-random]")
+    )
+    done = subprocess.run([*PROGRAM, "run", "mine.toml", "mine", "--seeds", "1"], capture_output=True, text=True)
+    told = [line for line in done.stderr.splitlines() if "no layer's goodness has moved" in line]
+    assert done.returncode == 0 and len(told) == 1 and told[0].startswith("ff-research: after 3 epochs")
+
+
+@pytest.mark.parametrize("format", ["text", "csv"])
+def test_predict_names_each_image(format, folder, shell, digits):
+    models = pytest.importorskip("ff_research.models")
+    from PIL import Image
+
+    from ff_research.network import Network
+    from ff_research.training import train
+
+    network = Network([64, 100, 100])
+    train(network, digits, STRATEGIES["label_embedding"](10), 3, progress=False, precision="fp32", device="cpu")
+    models.save(network, folder / "model.safetensors")
+    (folder / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(digits.x_test[i, 0].numpy()).save(folder / "images" / f"{i}.png")
+    options = ["--format", format, "--precision", "fp32", "--device", "cpu"]
+    code, out, err = shell("predict", "model.safetensors", "images", *options)
+    expected = models.predict(network, digits.x_test[:3], precision="fp32", device="cpu").tolist()
+    lines = out.splitlines()[format == "csv" :]
+    assert code == 0, err
+    assert lines == [f"images/{i}.png{',' if format == 'csv' else ': '}{label}" for i, label in enumerate(expected)]
+    Image.new("L", (9, 8)).save(folder / "images" / "large.png")
+    code, _, err = shell("predict", "model.safetensors", "images/large.png", *options)
+    assert code == 2 and err.count("\n") == 1 and "large.png" in err
+    (folder / "images" / "broken.png").write_bytes(b"no image")
+    code, _, err = shell("predict", "model.safetensors", "images/broken.png", *options)
+    assert code == 2 and err.count("\n") == 1 and "broken.png: not an image" in err
+
+
+def test_predict_with_a_stand_in(folder, shell, monkeypatch):
+    "What the command itself does: find the files, pass own classes on, write names."
+    from PIL import Image
+
+    given = {}
+
+    def load_network(path, layers=()):
+        given.update(path=path, layers=layers)
+        return types.SimpleNamespace(class_names=["cat", "a, b"])
+
+    stand_in = types.ModuleType("ff_research.models")
+    stand_in.load_network = load_network
+    stand_in.predict = lambda network, image, **where: [int(image.size == (2, 2))]
+    monkeypatch.setitem(sys.modules, "ff_research.models", stand_in)
+    (folder / "images" / "deep").mkdir(parents=True)
+    Image.new("L", (2, 2)).save(folder / "images" / "deep" / "b.PNG")
+    Image.new("L", (3, 2)).save(folder / "images" / "a.jpg")
+    (folder / "images" / "notes.txt").write_text("no image")
+    (folder / "layers.py").write_text("import torch\nfrom torch import nn\nclass Mine(nn.Linear):\n    pass\n")
+    options = ["--module", "layers.py", "--device", "cpu"]
+    code, out, err = shell("predict", "m.safetensors", "images", "--format", "csv", *options)
+    assert (code, out) == (0, 'file,class\nimages/a.jpg,cat\nimages/deep/b.PNG,"a, b"\n'), err
+    assert str(given["path"]) == "m.safetensors" and [cls.__name__ for cls in given["layers"]] == ["Mine"]
+    assert shell("predict", "m.safetensors", "images/a.jpg")[1] == "images/a.jpg: cat\n"
+
+
+def test_help_is_there_in_a_second():
+    "In seconds of one core: what else runs on the machine is not measured."
+    code = "import time; from ff_research.cli import main; main(['--help']); print(time.process_time())"
+    took = [float(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1]) for _ in range(3)]
+    assert min(took) < 1

@@ -39,7 +39,7 @@ from hypothesis import seed as fixed_seed
 from hypothesis import strategies as st
 
 import ff_research
-from ff_research import cli, recipes, results, runs, searches, training
+from ff_research import cli, loops, recipes, results, runs, searches, training
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import read_checkpoint as read_back
 from ff_research.data import from_arrays, load, load_npz
@@ -833,11 +833,11 @@ def checkpoints():
         for name in RUNS:
             path, seen = Path(folder) / f"{name}.safetensors", []
 
-            def save(*arguments, seen=seen, write=training.save_checkpoint):
+            def save(*arguments, seen=seen, write=loops.save_checkpoint):
                 write(*arguments)
                 seen.append(Path(arguments[0]).read_bytes())
 
-            with mock.patch.object(training, "save_checkpoint", save):
+            with mock.patch.object(loops, "save_checkpoint", save):
                 trained(name, path)[1]()
             held[name] = seen[1]
     return held
