@@ -190,6 +190,7 @@ def train_backprop(
     device = best_device(device)
     precision = best_precision(precision, device)
     images, network = images.to(device), network.to(device)
+    network.remember(images)
     if strategy is None and not hasattr(network, "head"):
         network.head = _new_head(network, images).to(device)
     network.strategy, options = strategy, (optimizer, lr, weight_decay, precision)
