@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCH', 'KNOWN', 'FUNCTIONS', 'Unreadable', 'describe', 'Unknown', 'by_name', 'rebuild', 'without_memory']
 
-# %% ../nbs/915_architecture.ipynb #3730f0e7
+# %% ../nbs/915_architecture.ipynb #8b85d11e
 import contextlib
 import functools
 import inspect
@@ -21,7 +21,7 @@ from .checks import nearest, shown
 from .layers import FFConv, FFLinear, Merge, normalise
 from .objectives import Objective
 
-# %% ../nbs/915_architecture.ipynb #6053bb5e
+# %% ../nbs/915_architecture.ipynb #b6ad76bd
 TORCH = tuple(
     """Linear Identity Flatten Unflatten Conv1d Conv2d Conv3d ConvTranspose2d BatchNorm1d BatchNorm2d BatchNorm3d LayerNorm
     GroupNorm InstanceNorm1d InstanceNorm2d RMSNorm LocalResponseNorm Dropout Dropout1d Dropout2d AlphaDropout MaxPool1d
@@ -59,7 +59,7 @@ FUNCTIONS = {  # that objectives take as options
     )
 }
 
-# %% ../nbs/915_architecture.ipynb #4637d611
+# %% ../nbs/915_architecture.ipynb #fc60e602
 class Unreadable(ValueError):
     "A module whose class or arguments cannot be written down; says why, and what to do."
 
@@ -119,7 +119,11 @@ def _arguments(module):
     "What a module was made from, read from its attributes of the same names."
     found = {}
     for key, parameter in inspect.signature(type(module)).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or key in ("generator", "device", "dtype"):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or key in (
+            "generator",
+            "device",
+            "dtype",
+        ):
             continue
         value = getattr(module, key, inspect)  # a module of Python's stands for "nothing there"
         if key == "bias" and key in module._parameters:  # what was asked for with bias=True
@@ -134,7 +138,7 @@ def _arguments(module):
         found[key] = value
     return found
 
-# %% ../nbs/915_architecture.ipynb #7472daac
+# %% ../nbs/915_architecture.ipynb #41a62d4c
 class Unknown(ValueError):
     "Names of classes or functions that nobody passed."
 
@@ -192,10 +196,21 @@ def _rebuilt(told, own):
         return out
     torchs = {name: getattr(nn, name) for name in TORCH if hasattr(nn, name)}
     cls = _looked_up(told["class"], KNOWN | torchs, own, lambda found: inspect.isclass(found))
-    module = cls(**{key: rebuild(value, own) for key, value in told["arguments"].items()})
+    module = _made(cls, {key: rebuild(value, own) for key, value in told["arguments"].items()}, cls in own.values())
     if "peers" in told:
         module.peers = rebuild(told["peers"], own)
     return module
+
+
+def _made(cls, arguments, theirs):
+    "A module; a user's own, whose constructor computes with its numbers, gets numbers `without_memory` as well."
+    try:
+        return cls(**arguments)
+    except Exception:
+        if not theirs or torch.get_default_device().type != "meta":
+            raise
+        with torch.device("cpu"):
+            return cls(**arguments)
 
 
 class _Undrawn(TorchFunctionMode):

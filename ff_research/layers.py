@@ -208,9 +208,7 @@ class FFConv(Layer):
     def forward(self, *xs):
         x = xs[0] if len(xs) == 1 else torch.cat([written_out(x) for x in xs], 1)
         if len(x.shape) != 4 or x.shape[1] != self.inputs:
-            raise ValueError(
-                f"FFConv takes [rows, {self.inputs}, height, width], but what it reads is {list(x.shape)}"
-            )
+            raise ValueError(f"FFConv takes [rows, {self.inputs}, height, width], but what it reads is {list(x.shape)}")
         h = F.dropout(self.conv(x).relu(), self.dropout, self.training)
         if self.pool and min(h.shape[2:]) < self.pool:
             raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")

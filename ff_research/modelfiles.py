@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_TEXT', 'OPTIONS', 'WIDEST', 'digest', 'save', 'load_network']
 
-# %% ../nbs/916_modelfiles.ipynb #d867eba1
+# %% ../nbs/916_modelfiles.ipynb #1f7624a0
 import hashlib
 import json
 import warnings
@@ -20,11 +20,12 @@ from torch import nn
 from . import __version__
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown
-from .network import Network
+from .layers import reads_of
+from .network import Network, activities
 from .predictions import ReadOut
 from .strategies import STRATEGIES, Strategy
 
-# %% ../nbs/916_modelfiles.ipynb #86c48606
+# %% ../nbs/916_modelfiles.ipynb #ba6bd36d
 MOST_TEXT = 1_000_000  # characters of a header; a thousand layers take a tenth of it
 OPTIONS = ("inputs", "iterations", "learn_at", "read_at")
 
@@ -38,7 +39,7 @@ def digest(text, tensors):
         out.update(t.flatten().view(torch.uint8).numpy().data)
     return out.hexdigest()
 
-# %% ../nbs/916_modelfiles.ipynb #bdaa5aba
+# %% ../nbs/916_modelfiles.ipynb #e410135b
 def _parts(network):
     "The modules of a network that a file holds, by name."
     parts = {"layers": network.layers, "objectives": network.objectives}
@@ -58,12 +59,8 @@ def _described(module, own):
     "A part as JSON. Raises `Unreadable` where what is written down would come back as something else."
     told = describe(_listed(module), own)
     try:
-        with torch.random.fork_rng(devices=[]):
-            try:
-                with without_memory():
-                    again = _modules(rebuild(told, own))
-            except Exception:  # a constructor of the user's own that computes with its numbers
-                again = _modules(rebuild(told, own))
+        with torch.random.fork_rng(devices=[]), without_memory():
+            again = _modules(rebuild(told, own))
     except Exception as error:
         raise Unreadable(f"it cannot be made again from its arguments ({shown(error, 200)})") from error
     if difference := _difference(module, again):
@@ -135,7 +132,7 @@ def save(network: Network, path: str | Path) -> None:
     except OSError as error:
         raise OSError(f"cannot write the model {path}: {error.strerror or error}") from error
 
-# %% ../nbs/916_modelfiles.ipynb #e2cfb403
+# %% ../nbs/916_modelfiles.ipynb #1063d7ce
 def _once(pairs):
     "A JSON object without a key that is there twice."
     if len(out := dict(pairs)) < len(pairs):
@@ -194,27 +191,44 @@ def _check_tensors(parts, tensors):
 WIDEST = 2**24  # numbers that one image may become inside a network that was read from a file
 
 
-def _check_room(layers, options, shape):
-    "Raise ValueError for a network whose pooling, padding or strides would blow an image up; on shapes alone."
+def _check_room(parts, options, shape, strict):
+    """Raise ValueError for a network whose pooling, padding or strides would blow an image up; on shapes alone.
+
+    strict: also for one that an image does not fit into at all, as it must where all of its classes are known.
+    """
 
     def look(module, given, out):
         if isinstance(out, torch.Tensor) and out.numel() > WIDEST:
             raise OverflowError(f"{type(module).__name__} makes {out.numel()} numbers of one image")
 
-    hooks = [m.register_forward_hook(look) for layer in layers for m in layer.modules()]
+    hooks = [m.register_forward_hook(look) for m in parts["layers"].modules()]
     try:
         with torch.no_grad(), without_memory():
-            network = Network(layers, **options | dict(iterations=min(options["iterations"], 2)))
-            network.eval()(torch.empty(1, *shape))
+            few = dict(iterations=min(options["iterations"], 2), read_at=(0,))
+            network, x = Network(list(parts["layers"]), **options | few), torch.zeros(1, *shape)
+            h = activities(network, parts["strategy"].write(x) if "strategy" in parts else x)
+        _check_read_outs(parts, [a[0].numel() for a in h])
     except OverflowError as error:
         raise ValueError(str(error)) from error
     except Exception:  # a layer of the user's own that needs numbers: it says so when it is used
-        return
+        if strict:
+            raise
     finally:
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/916_modelfiles.ipynb #aff1db00
+
+def _check_read_outs(parts, numbers):
+    "Raise ValueError for a head or an attached probe that reads other activities than there are."
+    own, head = parts.get("readout"), parts.get("head")
+    if own is not None:
+        fits = 1 <= own.first <= len(numbers) and own.features == sum(numbers[own.first - 1 :])
+        if not fits or own.written not in ("strategy", "neutral", "plain"):
+            raise ValueError(f"its read-out {shown(own, 100)} does not fit activities of {shown(numbers, 100)} numbers")
+    if head is not None and head.in_features != numbers[-1]:
+        raise ValueError(f"its head reads {head.in_features} numbers, and the last layer gives {numbers[-1]}")
+
+# %% ../nbs/916_modelfiles.ipynb #b172d4eb
 def _built(header, own, into=None):
     "The parts that a header tells of, with new weights; those of `into` for layers, and for what is unreadable."
     parts, theirs = {}, {} if into is None else _parts(into)
@@ -235,28 +249,37 @@ def _built(header, own, into=None):
 
 def _checked(header, tensors, own, into):
     "Raise ValueError for a header that no network of this package can have, or whose tensors are others."
-    if not {"layers", "objectives"} <= header["parts"].keys() <= {"layers", "objectives", "strategy", "head", "readout"}:
+    if (
+        not {"layers", "objectives"}
+        <= header["parts"].keys()
+        <= {"layers", "objectives", "strategy", "head", "readout"}
+    ):
         raise ValueError("its parts are not those of a network")
     kinds = dict(strategy=Strategy, head=nn.Linear, readout=ReadOut)
     options, shape = {key: header["options"][key] for key in OPTIONS}, header["images"]["shape"]
-    if not (isinstance(options["iterations"], int) and 0 <= options["iterations"] <= 10_000):
-        raise ValueError(f"iterations: {shown(options['iterations'], 60)}")
+    times = options["iterations"]
+    if type(times) is not int or not 0 <= times <= 10_000:
+        raise ValueError(f"iterations: {shown(times, 60)}")
+    for key in ("learn_at", "read_at"):
+        if not options[key] or not all(type(t) is int and 0 <= t <= times for t in options[key]):
+            raise ValueError(f"{key}: {shown(options[key], 60)}")
     if shape is not None and not (0 < len(shape) < 5 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
         raise ValueError(f"images of shape {shown(shape, 60)}")
-    try:
-        with without_memory():
-            parts = _built(header, own, into)
-    except Unknown:
-        raise
-    except Exception:  # a constructor of the user's own that computes with its numbers; another error comes again
+    pixels = header["images"]["pixels"]
+    if pixels not in (None, "uint8") and not (len(pixels) == 2 and all(type(n) in (int, float) for n in pixels)):
+        raise ValueError(f"pixels of {shown(pixels, 60)}")
+    with torch.random.fork_rng(devices=[]), without_memory():
         parts = _built(header, own, into)
     if wrong := [part for part, cls in kinds.items() if part in parts and not isinstance(parts[part], cls)]:
         raise ValueError(f"its {wrong[0]} is none")
+    if "centring" in tensors and tensors["centring"].shape != (1, *(shape or ())):
+        raise ValueError("a mean image of another shape than the images")
     if len(parts["objectives"]) not in (0, len(parts["layers"])):
         raise ValueError("another number of objectives than of layers")
     _check_tensors(parts, {name: t for name, t in tensors.items() if name != "centring"})
     if shape is not None and into is None:
-        _check_room(list(parts["layers"]), options, shape)
+        named = any(isinstance(r, str) for layer in parts["layers"] for r in reads_of(layer))
+        _check_room(parts, options, shape, strict=not (header["own"] or named))
 
 
 def _filled(header, tensors, own, into):

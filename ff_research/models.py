@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layer_images', 'export_onnx']
 
-# %% ../nbs/703_models.ipynb #07f6ea4b
+# %% ../nbs/703_models.ipynb #00d54d83
 import copy
 import math
 import warnings
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checks import replacing
+from .data import as_float
 from .labels import neutral
 from .layers import FFConv, FFLinear
 from .modelfiles import load_network as load_network  # here for users, beside what is made of them
@@ -28,7 +29,7 @@ from .predictions import scores as scores
 from .strategies import LabelsOnPixels
 from .streams import Streams, written_out
 
-# %% ../nbs/703_models.ipynb #89d44489
+# %% ../nbs/703_models.ipynb #7cfd7b7d
 def layer_images(network: Network, layer: int = 1, columns: int = 10, most: int = 60) -> tuple:
     """The filters of a layer as one image ready for `imshow`, and the weights of the label pixels apart.
 
@@ -59,11 +60,13 @@ def layer_images(network: Network, layer: int = 1, columns: int = 10, most: int 
     w = w if w.shape[1] in (1, 3) else w.mean(1, keepdim=True)
     n, c, height, width = w.shape
     rows = -(-n // columns)
-    tiles = F.pad(torch.cat([w / 2 + 0.5, torch.full((rows * columns - n, c, height, width), 1.0)]), [0, 1, 0, 1], value=1.0)
+    tiles = F.pad(
+        torch.cat([w / 2 + 0.5, torch.full((rows * columns - n, c, height, width), 1.0)]), [0, 1, 0, 1], value=1.0
+    )
     grid = tiles.view(rows, columns, c, height + 1, width + 1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     return grid[..., 0] if c == 1 else grid, labels
 
-# %% ../nbs/703_models.ipynb #1ded03d1
+# %% ../nbs/703_models.ipynb #dcf24943
 class _Answers(nn.Module):
     "From pixels to class scores, as a module of its own that can be traced: by probe, by class scores or by head."
 
@@ -71,8 +74,11 @@ class _Answers(nn.Module):
         super().__init__()
         self.network, self.by = network, by
         shape = network.image_shape
-        some = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
-        zeros, ones, written = (self.written(x) for x in (torch.zeros(1, *shape), torch.ones(1, *shape), some))
+        some = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)).mul_(255).round_() / 255
+        given = torch.zeros(1, *shape), torch.ones(1, *shape), some
+        if network.pixels == "uint8" and network.centring is None:  # as a strategy got them in training
+            given = ((255 * x).round().to(torch.uint8) for x in given)
+        zeros, ones, written = map(self.written, given)
         if written.shape != some.shape or not torch.allclose(written, some * (ones - zeros) + zeros, atol=1e-5):
             raise ValueError(f"{network.strategy} writes into images what an ONNX file cannot be told")
         self.register_buffer("factor", ones - zeros)
@@ -86,7 +92,7 @@ class _Answers(nn.Module):
         if self.by == "probe" and own.written == "neutral":
             return neutral(x, own.num_classes)
         plain = network.strategy is None or self.by == "head" or self.by == "probe" and own.written == "plain"
-        return x if plain else written_out(network.strategy.write(x).x)
+        return as_float(x) if plain else written_out(network.strategy.write(x).x)
 
     def forward(self, x):
         network, own = self.network, self.network.readout
@@ -136,6 +142,7 @@ def export_onnx(network: Network, path: str | Path) -> None:
             input_names=["images"],
             output_names=["scores"],
             dynamic_shapes=({0: batch},),
+            optimize=False,  # the optimiser drops additions as small as EPS, and a silent row would become NaN
             verbose=False,
         )
     with replacing(path) as f:

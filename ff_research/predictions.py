@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READINGS', 'inputs_of', 'reading_of', 'scores', 'predict', 'ReadOut', 'fit_readout']
 
-# %% ../nbs/917_predictions.ipynb #88df9a1c
+# %% ../nbs/917_predictions.ipynb #5668ee67
 import math
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from .network import Network, activities, reading, twin
 from .objectives import Objective
 from .readout import best_class, check_samples, class_scores, features, fit_probe, label_goodness, read_as
 
-# %% ../nbs/917_predictions.ipynb #11442847
+# %% ../nbs/917_predictions.ipynb #948506a6
 def _as_array(x, shape):
     "A tensor from numpy, PIL, tensors, lists of them or of numbers."
     if hasattr(x, "x_train"):
@@ -124,7 +124,7 @@ def inputs_of(network, x, pixel_range=None):
         )
     return x
 
-# %% ../nbs/917_predictions.ipynb #84cd4f47
+# %% ../nbs/917_predictions.ipynb #199cde09
 READINGS = ("probe", "scores", "head", "labels")
 
 
@@ -197,7 +197,9 @@ def scores(
     one_of(by, READINGS, "read-out")
     lacks = dict(probe=network.readout is None, head=not hasattr(network, "head"), labels=network.strategy is None)
     if lacks.get(by):
-        raise ValueError(f"the network has nothing to be read from by={by!r}; it can be read by {reading_of(network)!r}")
+        raise ValueError(
+            f"the network has nothing to be read from by={by!r}; it can be read by {reading_of(network)!r}"
+        )
     x, where = inputs_of(network, x, pixel_range), dict(precision=precision, device=device)
     classes = network.strategy.num_classes if by == "labels" else 1
     if len(x) == 0:
@@ -231,7 +233,7 @@ def predict(
     found = scores(network, x, by=by, first=first, pixel_range=pixel_range, precision=precision, device=device)
     return best_class(found, "a score").cpu()
 
-# %% ../nbs/917_predictions.ipynb #e813723d
+# %% ../nbs/917_predictions.ipynb #91df06c1
 class ReadOut(nn.Module):
     """A linear probe that belongs to a network, on the joined activities of its layers `first`, first + 1, ….
 
@@ -242,7 +244,9 @@ class ReadOut(nn.Module):
     def __init__(self, features, num_classes, first=2, written="strategy", l2=0.0):
         super().__init__()
         self.features, self.num_classes, self.first, self.written, self.l2 = features, num_classes, first, written, l2
-        for name, shape in dict(weight=(features, num_classes), bias=num_classes, mean=features, scale=features).items():
+        for name, shape in dict(
+            weight=(features, num_classes), bias=num_classes, mean=features, scale=features
+        ).items():
             self.register_buffer(name, torch.zeros(shape))
 
     def extra_repr(self):
