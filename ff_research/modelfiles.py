@@ -99,7 +99,8 @@ def save(network: Network, path: str | Path) -> None:
     `load_network(path, into=network)` reads them into a network that you build. Raises ValueError for weights that are
     not finite, OSError where the file cannot be written.
     """
-    told, own = {}, {}
+    told: dict = {}
+    own: dict = {}
     for part, module in _parts(network).items():
         try:
             if part == "layers" and type(network) is not Network:

@@ -200,20 +200,20 @@ def scores(
         raise ValueError(
             f"the network has nothing to be read from by={by!r}; it can be read by {reading_of(network)!r}"
         )
-    x, where = inputs_of(network, x, pixel_range), dict(precision=precision, device=device)
+    given, where = inputs_of(network, x, pixel_range), dict(precision=precision, device=device)
     classes = network.strategy.num_classes if by == "labels" else 1
-    if len(x) == 0:
-        named = network.readout or network.strategy
-        return torch.zeros(0, network.head.out_features if by == "head" else getattr(named, "num_classes", 1))
-    rows = _at_once(network, x, classes)
+    if len(given) == 0:
+        named = network.head if by == "head" else network.readout if by == "probe" else network.strategy
+        return torch.zeros(0, int(getattr(named, "out_features", None) or getattr(named, "num_classes", 1)))
+    rows = _at_once(network, given, classes)
     if by == "probe":
-        return _by_probe(network, x, rows, **where)
+        return _by_probe(network, given, rows, **where)
     if by == "head":
-        return _by_head(network, x, rows, **where)
+        return _by_head(network, given, rows, **where)
     if by == "scores":
-        return sum(class_scores(network, x, batch_size=rows, **where).values())
+        return sum(class_scores(network, given, batch_size=rows, **where).values())
     first = min(2, len(network.layers)) if first is None else first
-    return label_goodness(network, x, classes, first=first, batch_size=rows, **where)
+    return label_goodness(network, given, classes, first=first, batch_size=rows, **where)
 
 
 def predict(
