@@ -58,14 +58,14 @@ class FFClassifier(ClassifierMixin, BaseEstimator):
         "Train on rows X `[samples, features]` and labels y `[samples]`, numbers or strings."
         rows, given = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(given)
-        self.classes_, labels = np.unique(given, return_inverse=True)
+        self.classes_, places = np.unique(given, return_inverse=True)
         k = len(self.classes_)
         if k < 2:
             raise ValueError(f"y holds 1 class, {self.classes_[0]!s}; FFClassifier tells at least two apart")
         spread = rows.std(0)
         varies = spread > 1e-12 * np.abs(rows).max(0)  # and not by rounding only
         self.mean_, self.scale_ = rows.mean(0), varies / np.where(varies, spread, 1)
-        x, labels = self._rows(rows), torch.from_numpy(labels.astype(np.int64))
+        x, labels = self._rows(rows), torch.from_numpy(places.astype(np.int64))
         table = Images("table", x, labels, x[:1], labels[:1], k)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.network_ = Network([x[0].numel() + k, *self.widths], seed=seed, inputs="plain")

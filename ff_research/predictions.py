@@ -204,7 +204,7 @@ def scores(
     classes = network.strategy.num_classes if by == "labels" else 1
     if len(given) == 0:
         named = network.head if by == "head" else network.readout if by == "probe" else network.strategy
-        return torch.zeros(0, int(getattr(named, "out_features", None) or getattr(named, "num_classes", 1)))
+        return torch.zeros(0, int(getattr(named, "out_features", getattr(named, "num_classes", 1))))
     rows = _at_once(network, given, classes)
     if by == "probe":
         return _by_probe(network, given, rows, **where)
