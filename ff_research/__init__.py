@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from ff_research.backprop import train_backprop
     from ff_research.callbacks import EarlyStopping
     from ff_research.data import Images, from_arrays, load
+    from ff_research.estimator import FFClassifier
     from ff_research.layers import FFConv, FFLinear, Layer
+    from ff_research.modelfiles import load_network, save
     from ff_research.network import Network
     from ff_research.objectives import Objective
+    from ff_research.predictions import fit_readout, predict
     from ff_research.readout import linear_probe, per_label_goodness, scores_errors
     from ff_research.runs import run
     from ff_research.strategies import STRATEGIES, Strategy, register
@@ -40,9 +43,15 @@ _ROOMS = {
     "per_label_goodness": "readout",
     "scores_errors": "readout",
     "run": "runs",
+    "save": "modelfiles",
+    "load_network": "modelfiles",
+    "predict": "predictions",
+    "fit_readout": "predictions",
+    "FFClassifier": "estimator",
 }
 __all__ = [
     "EarlyStopping",
+    "FFClassifier",
     "FFConv",
     "FFLinear",
     "Images",
@@ -51,12 +60,16 @@ __all__ = [
     "Objective",
     "STRATEGIES",
     "Strategy",
+    "fit_readout",
     "from_arrays",
     "linear_probe",
     "load",
+    "load_network",
     "per_label_goodness",
+    "predict",
     "register",
     "run",
+    "save",
     "scores_errors",
     "train",
     "train_backprop",

@@ -199,6 +199,7 @@ def train_backprop(
     images = begun(callbacks, network, images)
     images, network = images.to(device), network.to(device)
     network.see(images, 0 if strategy is None else strategy.label_pixels)
+    network.remember(images)
     if strategy is None and not hasattr(network, "head"):
         network.head = _new_head(network, images).to(device)
     network.strategy, options = strategy, (optimizer, lr, weight_decay, precision)

@@ -25,7 +25,8 @@ class Images:
     """A data set for classification, kept whole on one device.
 
     x_train, x_test: uint8 `[samples, channels, height, width]`; y_train, y_test: int64 `[samples]`, from 0 to
-    num_classes-1.
+    num_classes-1. centring: what `centred` took off and multiplied by, (mean `[1, channels, height, width]`, factor); a
+    network that was trained on centred images does the same to those that it is to name.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Images:
     x_test: torch.Tensor
     y_test: torch.Tensor
     num_classes: int
+    centring: tuple | None = None
 
     @property
     def shape(self):
@@ -323,6 +325,5 @@ def centred(images, energy=10.0):
             "not be all the same"
         )
     scale = (energy / length).sqrt()
-    return replace(
-        images, name=f"{images.name}, centred to {energy:g}", x_train=x_train.mul_(scale), x_test=x_test.mul_(scale)
-    )
+    parts = dict(x_train=x_train.mul_(scale), x_test=x_test.mul_(scale), centring=(mean, scale.item()))
+    return replace(images, name=f"{images.name}, centred to {energy:g}", **parts)

@@ -194,7 +194,8 @@ class FFConv(Layer):
             raise ValueError(f"norm={norm!r}: expected None, 'batch' or 'channel'")
         if inputs % groups or channels % groups:
             raise ValueError(f"groups={groups} must divide the {inputs} input channels and the {channels} channels")
-        self.inputs_channels, self.units, self.pool, self.norm, self.dropout = inputs, channels, pool, norm, dropout
+        self.inputs, self.channels, self.units, self.kernel, self.stride = inputs, channels, channels, kernel, stride
+        self.pool, self.groups, self.norm, self.dropout = pool, groups, norm, dropout
         self.reads = tuple(reads)
         self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding=(kernel - 1) // 2, groups=groups)
         nn.init.normal_(self.conv.weight, std=math.sqrt(2 * groups / (inputs * kernel**2)), generator=generator)
@@ -206,10 +207,8 @@ class FFConv(Layer):
 
     def forward(self, *xs):
         x = xs[0] if len(xs) == 1 else torch.cat([written_out(x) for x in xs], 1)
-        if len(x.shape) != 4 or x.shape[1] != self.inputs_channels:
-            raise ValueError(
-                f"FFConv takes [rows, {self.inputs_channels}, height, width], but what it reads is {list(x.shape)}"
-            )
+        if len(x.shape) != 4 or x.shape[1] != self.inputs:
+            raise ValueError(f"FFConv takes [rows, {self.inputs}, height, width], but what it reads is {list(x.shape)}")
         h = F.dropout(self.conv(x).relu(), self.dropout, self.training)
         if self.pool and min(h.shape[2:]) < self.pool:
             raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")

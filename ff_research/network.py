@@ -86,6 +86,8 @@ class Network(nn.Module):
         _check_layers(layers, iterations)
         self.layers, self.objectives, self.precision = nn.ModuleList(layers), nn.ModuleList(), "fp32"
         self.strategy = None  # the one that trained it
+        self.image_shape = self.class_names = self.pixels = self.centring = None  # of what it was trained on
+        self.readout = None  # a probe, see `models.fit_readout`
         self.inputs = inputs or ("standardised" if getattr(layers[0], "triangle", False) else "normalised")
         one_of(self.inputs, (*SCALINGS, "centred"), "way to scale the inputs")
         self.register_buffer("center", None)
@@ -108,6 +110,22 @@ class Network(nn.Module):
     def device(self):
         "Where the weights are."
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def remember(self, images):
+        """Keep what new images are converted by: shape, pixels and centring of those it is trained on; class names.
+
+        Called where training begins, so that a read-out fitted before, which it makes stale, goes.
+        """
+        if self.readout is not None:
+            del self.readout
+            self.readout = None
+        if not hasattr(images, "x_train"):  # a graph, say
+            return
+        x, centring = images.x_train, getattr(images, "centring", None)
+        self.image_shape, self.class_names = tuple(images.shape), getattr(images, "class_names", None)
+        self.pixels = "uint8" if x.dtype == torch.uint8 else (x.min().item(), x.max().item())
+        fits = centring is not None and tuple(centring[0].shape[1:]) == self.image_shape
+        self.centring = (centring[0].cpu(), centring[1]) if fits else None
 
     def prepare(self, x):
         "Inputs of the first layer from images `[rows, …]` or `Rows`; see `layers.prepare`."

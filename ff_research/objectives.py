@@ -134,6 +134,10 @@ class GoodnessObjective(Objective):
         self.of_activity, self.of_goodness, self.reduction, self.options = goodness, loss, reduction, options
         self.known = {}  # what "units" and "auto" stand for, once an activity was seen
 
+    def arguments(self):
+        "What it was made from, for saving it: two of them have other names as attributes."
+        return dict(goodness=self.of_activity, loss=self.of_goodness, reduction=self.reduction) | self.options
+
     def extra_repr(self):
         names = [_name(self.of_activity), _name(self.of_goodness)] + [f"{k}={v}" for k, v in self.options.items()]
         return ", ".join(names + [f"reduction={self.reduction}"] * (self.reduction != "rows"))
@@ -190,7 +194,7 @@ class PeerNormalisation(nn.Module):
 
     def __init__(self, units, weight=0.03, momentum=0.9):
         super().__init__()
-        self.weight, self.momentum = weight, momentum
+        self.units, self.weight, self.momentum = units, weight, momentum
         self.register_buffer("mean", torch.full((units,), 0.5))
 
     def extra_repr(self):
@@ -221,6 +225,7 @@ class ProjectionObjective(ClassScores):
 
     def __init__(self, units, num_classes, layer=1):
         super().__init__()
+        self.units, self.num_classes, self.layer = units, num_classes, layer
         generator = torch.Generator().manual_seed(layer)
         self.projection = nn.Parameter(torch.randn(num_classes, units, generator=generator) / math.sqrt(units))
 

@@ -95,7 +95,7 @@ def goodness_under_labels(network, x, num_classes, see, strategy=None, precision
     Activities are `[classes x batch, …]`.
     Yields the number of images after each batch. A network with iterations is seen at those in `read_at`.
     """
-    if getattr(strategy, "contrasts_labels", True):
+    if getattr(strategy, "contrasts_labels", True) and not getattr(strategy, "extra_inputs", 0):
         check_room(x[:1], num_classes)
     read = twin(network, precision, device)
 

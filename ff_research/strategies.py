@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'TEN', 'Strategy', 'negatives_of', 'register', 'make_st
            'LabelEmbeddingStrategy', 'other_class', 'unlike', 'check_two', 'ClassConfusionStrategy',
            'HardMiningStrategy', 'PlainPositives', 'partners', 'blur_matrix', 'blurred_masks', 'ImageMixingStrategy',
            'MaskingStrategy', 'RandomNoiseStrategy', 'LayerWiseStrategy', 'AdversarialStrategy', 'scff_loss', 'shifted',
-           'SelfContrastiveStrategy', 'MonoForwardStrategy', 'AllLabelsStrategy']
+           'SelfContrastiveStrategy', 'MonoForwardStrategy', 'AllLabelsStrategy', 'LabelInFrontStrategy']
 
 # %% ../nbs/201_strategies.ipynb #ef114e44
 import functools
@@ -35,7 +35,7 @@ class Strategy(nn.Module):
     contrasts_labels: whether `create_positive` writes the label into the image and training contrasts right with
     wrong ones, so that labels can be read out of the goodness (read-out A means something for these only).
     has_negatives: whether there are any. many_negatives: whether an image has several at once, of which `generate`
-    gives one. Options of your own belong into `__init__` and under their names into `self`: they are printed, and
+    gives one. extra_inputs: how many numbers a row of the first layer has beyond the image's own. Options of your own belong into `__init__` and under their names into `self`: they are printed, and
     checkpoints compare them. What the strategy itself learns is a parameter or a buffer, and is saved and resumed
     with it.
     """
@@ -45,6 +45,7 @@ class Strategy(nn.Module):
     has_negatives = True
     many_negatives = False
     label_pixels = 0
+    extra_inputs = 0
 
     def __init__(self, num_classes):
         super().__init__()
@@ -593,3 +594,36 @@ class AllLabelsStrategy(LabelEmbeddingStrategy):
 
     def objective(self, layer, depth):
         return LabelObjective(self.alpha)
+
+# %% ../nbs/201_strategies.ipynb #d9de0e81
+class LabelInFrontStrategy(AllLabelsStrategy):
+    """`all_labels` with the label as `num_classes` further inputs in front of the row, for tables; rows are flat.
+
+    value: what stands at the label's place. The first layer takes `num_classes` inputs more than a row has numbers.
+    """
+
+    name = "label_in_front"
+
+    def __init__(self, num_classes, alpha=8.0, value=1.0):
+        super().__init__(num_classes, alpha)
+        self.value = value
+
+    @property
+    def extra_inputs(self):
+        return self.num_classes
+
+    def longer(self, x):
+        "Rows `[batch, num_classes + numbers]` with zeros in front."
+        return F.pad(as_float(x).flatten(1), (self.num_classes, 0))
+
+    def create_positive(self, x, y):
+        return overlay(self.longer(x), y, self.num_classes, self.value)
+
+    def generate(self, x, y, network=None, generator=None):
+        return self.create_positive(x, wrong_labels(y, self.num_classes, generator))
+
+    def write(self, x, labels=None):
+        if labels is None:
+            return Streams(neutral(self.longer(x), self.num_classes, self.value), None, (len(x),))
+        rows = labelled(self.longer(x), labels, self.num_classes, self.value)
+        return Streams(rows, None, (len(x),) * len(labels))

@@ -277,13 +277,15 @@ def check_images(images, network, epochs, batch_size, strategy=None):
         raise ValueError(f"{images.name!r}: training image {int(finite.int().argmin())} holds NaN or infinite pixels")
     classes = getattr(strategy, "num_classes", images.num_classes)
     check_labels(y, classes)
-    if getattr(strategy, "contrasts_labels", False):
+    extra = getattr(strategy, "extra_inputs", 0)
+    if getattr(strategy, "contrasts_labels", False) and not extra:
         check_room(x[:1], classes)
     inputs = network.layers[0].inputs if isinstance(network.layers[0], FFLinear) else None
-    if inputs not in (None, images.num_pixels):
+    if inputs not in (None, images.num_pixels + extra):
+        labels = f" and {extra} for the label" if extra else ""
         raise ValueError(
-            f"images {list(images.shape)} of {images.name!r} have {images.num_pixels} pixels, but the network's first "
-            f"layer takes {inputs}"
+            f"images {list(images.shape)} of {images.name!r} have {images.num_pixels} pixels{labels}, but the network's "
+            f"first layer takes {inputs}"
         )
 
 
@@ -516,6 +518,7 @@ def train(
     rates = _per_layer(lr, len(network.layers))
     images = begun(callbacks, network, images)
     images, network, strategy = images.to(device), network.to(device), strategy.to(device)
+    network.remember(images)
     with forked(seed, device) as generators:
         generators = {"generator": torch.Generator(device).manual_seed(seed)} | generators
         network.objectives, network.strategy = _objectives(network, strategy, objective, peer, device), strategy

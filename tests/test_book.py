@@ -138,6 +138,14 @@ def test_title_section_label_and_badge(path):
     ]
 
 
+@each_notebook
+def test_colab_installs_what_exists(path):
+    "The hidden cell that prepares Colab installs from the repository; there is no package of this name elsewhere."
+    found = [source(cell) for cell in cells(path, "code") if "/content" in source(cell)]
+    command = f"! [ -e /content ] && pip install -Uqq git+{SETTINGS['git_url']}"
+    assert found == [f"#| hide\n#| eval: false\n{command}"]
+
+
 DIRECTIVES = {
     "default_exp",
     "export",
@@ -233,6 +241,11 @@ ORDER = [
     "entropy",
     "collaboration",
     "callbacks",
+    "estimator",
+    "models",
+    "modelfiles",
+    "predictions",
+    "architecture",
     "readout",
     "backprop",
     "training",

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,45 @@ def test_metadata_follows_settings(built):
     assert sorted(need.split(">")[0].replace("_", "-") for need in plain) == sorted(
         need.split(">")[0] for need in cfg["requirements"].split()
     )
-    assert set(metadata.get_all("Provides-Extra")) == {"book", "ray", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"book", "onnx", "ray", "dev"}
     assert "ff-research = ff_research.cli:main" in entry_points
+
+
+TRAIN = """
+import ff_research as ff
+images = ff.load("digits")
+network = ff.Network([images.num_pixels, 60, 60])
+strategy = ff.STRATEGIES["all_labels"](num_classes=images.num_classes)
+ff.train(network, images, strategy, epochs=5, lr=3e-3, optimizer="adamw", progress=False)
+ff.save(network, "digits.safetensors")
+print(ff.__file__, ff.predict(network, images.x_test).tolist())
+"""
+PREDICT = """
+import ff_research as ff
+images = ff.load("digits")
+network = ff.load_network("digits.safetensors")
+print(ff.__file__, ff.predict(network, images.x_test).tolist())
+"""
+
+
+def test_from_the_wheel_a_model_is_trained_saved_and_used_elsewhere(built, tmp_path, digits):
+    "In an empty folder, as in Colab: ten lines, then a fresh process that has nothing but the file."
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(built[2]) as archive:
+        archive.extractall(site)
+    said = []
+    for program in (TRAIN, PREDICT):
+        assert len(program.strip().splitlines()) <= 10
+        environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1] and said[0].startswith(str(site))
+    guess = json.loads(said[1].split(" ", 1)[1])
+    assert sum(g != y for g, y in zip(guess, digits.y_test.tolist())) < 0.15 * len(guess)
 
 
 def test_lazy_names_are_the_modules_own():

@@ -1,6 +1,6 @@
 """Hostile and broken files, made at random but repeatably: the library must say so in one line, or read them.
 
-    python -m tests.faults.fuzz --cases 10000 --seed 0 --out fuzz.jsonl     all four kinds, from the project's root
+    python -m tests.faults.fuzz --cases 10000 --seed 0 --out fuzz.jsonl     every kind, from the project's root
     python -m tests.faults.fuzz --case npz/shapes/17 --seed 0               one case again
 
 A case fails if the answer is no ValueError or OSError of one line that names the file; if it takes more than
@@ -43,11 +43,14 @@ from ff_research import cli, loops, recipes, results, runs, searches, training
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import read_checkpoint as read_back
 from ff_research.data import from_arrays, load, load_npz
+from ff_research.layers import FFConv, FFLinear, Merge
+from ff_research.modelfiles import digest, load_network, save
 from ff_research.network import Network
+from ff_research.predictions import fit_readout, predict, reading_of
 from ff_research.strategies import STRATEGIES
 
 MEMORY_MB, SECONDS = 200, 20
-ATTACKS = {"npz": {}, "checkpoint": {}, "rows": {}, "recipe": {}}
+ATTACKS = {"npz": {}, "checkpoint": {}, "model": {}, "rows": {}, "recipe": {}}
 
 
 class Broken(AssertionError):
@@ -1227,6 +1230,265 @@ def read_checkpoint(rng, folder, given):
     return history is not None, told
 
 
+# Models: `attack(rng, folder, whole)` gives bytes, or a path, from the bytes of a good one
+
+
+@cache
+def models():
+    "What is in the files of small trained networks, by name."
+    tiny, held = from_arrays("tiny", **arrays()), {}
+    block = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(30, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU())
+    torch.manual_seed(0)
+    made = {
+        "labels": (Network([30, 8, 8]), "hard_mining"),
+        "scores": (Network([FFConv(1, 4, pool=2), Merge((-1,)), FFLinear(24, 6)]), "mono_forward"),
+        "probe": (Network([block, FFLinear(6, 6)]), "image_mixing"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (network, strategy) in made.items():
+            training.train(network, tiny, STRATEGIES[strategy](3), **QUIET)
+            if name == "probe":
+                fit_readout(network, tiny, precision="fp32", device="cpu")
+            save(network, Path(folder) / name)
+            held[name] = (Path(folder) / name).read_bytes()
+    load_network_of(held["labels"])  # what torch imports late is loaded now
+    return held
+
+
+def load_network_of(data):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model").write_bytes(data)
+        return load_network(Path(folder) / "model")
+
+
+def resealed(whole, change, tensors=lambda given: None):
+    "A model whose header, and tensors, went through a change; with the digest that belongs to them."
+    header, data = opened(whole)
+    text = header["__metadata__"]["ff_research"]
+    text = change(text)
+    kept = {
+        name: [t["dtype"], t["shape"], data[slice(*t["data_offsets"])]]
+        for name, t in header.items()
+        if name != "__metadata__"
+    }
+    tensors(kept)
+    kinds = {"F32": np.float32, "I64": np.int64}
+    with contextlib.suppress(Exception):
+        read = {
+            name: torch.from_numpy(np.frombuffer(bytearray(b), kinds[d]).reshape(s)) for name, (d, s, b) in kept.items()
+        }
+        seal = digest(text, read)
+    out, place = {"__metadata__": {"ff_research": text, "digest": locals().get("seal", "")}}, 0
+    for name, (dtype, shape, bits) in kept.items():
+        out[name] = dict(dtype=dtype, shape=shape, data_offsets=[place, place + len(bits)])
+        place += len(bits)
+    return closed(out, b"".join(t[2] for t in kept.values()))
+
+
+def places_of(value, path=()):
+    "Every place in a JSON value, as the keys that lead there."
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places_of(inner, (*path, key))
+
+
+def altered(rng, whole, news, times=(1, 1, 1, 2, 4), fits=lambda value: True):
+    "A model whose header has other values in some places; `news(rng, value)` gives one for the old one."
+
+    def change(text):
+        held = json.loads(text)
+        for _ in range(rng.choice(times)):
+            at = []
+            for path in places_of(held):
+                value = held
+                for key in path:
+                    value = value[key]
+                if path and fits(value):
+                    at.append((path, value))
+            if not at:
+                break
+            (*path, last), value = rng.choice(at)
+            inner = held
+            for key in path:
+                inner = inner[key]
+            inner[last] = news(rng, value)
+        return json.dumps(held)
+
+    return resealed(whole, change)
+
+
+@attack("model")
+def model_cut(rng, folder, whole):
+    return whole[: rng.randrange(len(whole))]
+
+
+@attack("model")
+def model_bits(rng, folder, whole):
+    return flipped(rng, whole)
+
+
+@attack("model")
+def model_pieces(rng, folder, whole):
+    return spliced(rng, whole)
+
+
+@attack("model")
+def model_text(rng, folder, whole):
+    "A header that is no JSON, or no header."
+    texts = (
+        "",
+        "null",
+        "[]",
+        "{}",
+        "1",
+        '"a"',
+        "{",
+        "NaN",
+        "[" * 500,
+        nested(100_000, rng),
+        "9" * 5000,
+        " " * 2 * 10**6,
+    )
+    return resealed(whole, lambda text: rng.choice((*texts, text[: rng.randrange(len(text))], text + "x", "\ud800x")))
+
+
+@attack("model")
+def model_values(rng, folder, whole):
+    "Anything anywhere in the header."
+    return altered(rng, whole, lambda rng, value: anything(rng))
+
+
+@attack("model")
+def model_sizes(rng, folder, whole):
+    "Numbers that are too large, negative, or none."
+    huge = (0, -1, 1, 2, 3, 7, 10**4, 10**6, 10**9, 2**31, 2**40, 2**63, 10**30, 1.5, -1e300, True, "64", None)
+    return altered(
+        rng,
+        whole,
+        lambda rng, value: rng.choice(huge),
+        fits=lambda value: isinstance(value, (int, float)) and value != 0,
+    )
+
+
+@attack("model")
+def model_classes(rng, folder, whole):
+    "Other names of classes and functions, those of the package and of Python among them."
+    names = (
+        *"Popen system eval exec open Path Network FFLinear FFConv Merge Linear Upsample ZeroPad2d Conv2d Sequential".split(),
+        *"GoodnessObjective LabelObjective HardMiningStrategy ReadOut PeerNormalisation Module os.system antigravity".split(),
+        *"hinton_loss symba_loss sum_of_squares __import__ __class__ __init__ Lambda LSTM Embedding Strategy".split(),
+    )
+    given = altered(rng, whole, lambda rng, value: rng.choice(names), fits=lambda value: isinstance(value, str))
+    kinds = ("function", "partial", "module", "tuple", "dict", "eval", "list")
+    if rng.random() < 0.5:
+        return given
+    return resealed(
+        given, lambda text: text.replace(f'"{rng.choice(kinds)}":', f'"{rng.choice(kinds)}":', rng.choice((1, 2, 100)))
+    )
+
+
+@attack("model")
+def model_shells(rng, folder, whole):
+    "Modules that would blow an image up, or go deep, around the first layer."
+    module = lambda name, **given: {"module": {"class": name, "arguments": given}}  # noqa: E731
+    big = rng.choice((2, 50, 10**4, 10**6, 10**9))
+    around = rng.choice(
+        (
+            module("Upsample", scale_factor=big),
+            module("ZeroPad2d", padding=big),
+            module("AdaptiveAvgPool2d", output_size=big),
+            module("Unflatten", dim=1, unflattened_size={"tuple": [big, -1]}),
+            module("Merge", reads={"tuple": [-1] * rng.choice((1, 3, 10**4))}, how="cat"),
+            module("MaxPool2d", kernel_size=big, padding=big // 2),
+            module("Softmax", dim=big),
+            {
+                "module": {
+                    "class": "Sequential",
+                    "children": [[str(i), module("ReLU")] for i in range(rng.choice((1, 3000)))],
+                }
+            },
+        )
+    )
+    for _ in range(rng.choice((0, 0, 3, 90))):
+        around = {"module": {"class": "Sequential", "children": [["0", around]]}}
+
+    def change(text):
+        held = json.loads(text)
+        layers = held["parts"]["layers"]["list"]
+        if rng.random() < 0.5:
+            layers[0] = {"module": {"class": "Sequential", "children": [["a", around], ["b", layers[0]]]}}
+        else:
+            layers.insert(0, around)
+            held["parts"]["objectives"]["list"].insert(0, None)
+        return json.dumps(held)
+
+    return resealed(whole, change)
+
+
+@attack("model")
+def model_doubled(rng, folder, whole):
+    "Keys that stand there twice, and some that do not belong there."
+
+    def change(text):
+        key = rng.choice(("parts", "options", "images", "class", "arguments", "units", "iterations", "more"))
+        at = rng.choice([place for place, letter in enumerate(text) if letter == "{"])
+        return f'{text[: at + 1]}"{key}": {rng.choice(("1", "null", "{}", "[]"))}, {text[at + 1 :]}'
+
+    return resealed(whole, change)
+
+
+@attack("model")
+def model_tensors(rng, folder, whole):
+    "Tensors that are missing, too many, of other shapes and kinds, or not finite."
+
+    def change(kept):
+        name = rng.choice(list(kept))
+        dtype, shape, bits = kept[name]
+        what = rng.randrange(6)
+        if what == 0:
+            kept.pop(name)
+        elif what == 1:
+            kept[f"layers.9.{rng.choice(('weight', 'x'))}"] = kept[name]
+        elif what == 2:
+            kept[name] = [dtype, shape[::-1], bits]
+        elif what == 3:
+            kept[name] = [dtype, [*shape, 1], bits]
+        elif what == 4:
+            kept[name] = [rng.choice(("I32", "F32", "U32")), shape, bits[: 4 * int(np.prod(shape))]]
+        else:
+            odd = struct.pack("<f", rng.choice((np.nan, np.inf, -np.inf, 1e38, 1e-45)))
+            kept[name] = [dtype, shape, (odd + bits[4:]) if len(bits) >= 4 else bits]
+
+    return resealed(whole, lambda text: text, change)
+
+
+@attack("model")
+def model_strangers(rng, folder, whole):
+    return rng.choice((lambda: foreign(rng), lambda: rng.choice(list(checkpoints().values()))))()
+
+
+@attack("model")
+def model_corners(rng, folder, whole):
+    return placed(rng, folder, whole, "model.safetensors")
+
+
+def read_model(rng, folder, given):
+    "Whether a model could be read; `Broken` if it was, and can neither predict nor say why."
+    path = given
+    if isinstance(given, bytes):
+        path = folder / "model.safetensors"
+        path.write_bytes(given)
+    x = torch.from_numpy(arrays()["x_test"])
+    with guarded(folder) as told:
+        network = judged(lambda: load_network(path), naming(path))
+        if network is not None:
+            found = judged(lambda: [reading_of(network), predict(network, x, precision="fp32", device="cpu")])
+            if found is not None and found[1].shape != (len(x),):
+                raise Broken(f"{len(x)} images got {list(found[1].shape)} answers")
+    return network is not None, told
+
+
 # Rows: `attack(rng, folder)` gives {file name: bytes}, or makes the files itself
 
 
@@ -1880,8 +2142,16 @@ def one(kind, family, number, seed, folder):
     if kind == "checkpoint":
         name = rng.choice(list(RUNS))
         whole = (checkpoints()[name],)
+    if kind == "model":
+        whole = (models()[rng.choice(list(models()))],)
     given = make(rng, folder, *whole)
-    read = {"npz": read_npz, "checkpoint": read_checkpoint, "rows": read_rows, "recipe": call_recipe}[kind]
+    read = {
+        "npz": read_npz,
+        "checkpoint": read_checkpoint,
+        "model": read_model,
+        "rows": read_rows,
+        "recipe": call_recipe,
+    }[kind]
     loaded, told = read(rng, folder, (name, given) if kind == "checkpoint" else given)
     if (folder / "canary").exists() or Path("canary").exists():
         raise Broken("a payload was executed")
