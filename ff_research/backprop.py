@@ -17,7 +17,7 @@ from torch import nn
 
 from .checkpoints import Diverged, History
 from .checks import PRECISIONS, best_device, best_precision, one_of
-from .data import Images
+from .data import Images, learned_from
 from .goodness import mean_of_squares, sum_of_squares
 from .layers import FFLinear, hand_on
 from .learners import Recorded
@@ -26,7 +26,7 @@ from .objectives import GoodnessObjective, Objective
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .strategies import Strategy
 from .streams import Streams
-from .training import check_images, forked, run_epochs, settings_of
+from .training import check_given, check_images, forked, run_epochs, settings_of
 
 # %% ../nbs/110_backprop.ipynb #b7f08f23
 class EndToEnd:
@@ -135,6 +135,7 @@ def _check_backprop(network, images, epochs, batch_size, strategy, first):
     "Raise ValueError for settings that backpropagation cannot use."
     if not isinstance(epochs, int):
         raise ValueError(f"epochs={epochs!r}: expected one number, since all layers learn at once")
+    check_given(network, images, strategy)
     check_images(images, network, epochs, batch_size, strategy)
     if any(getattr(layer, "full_gradient", False) for layer in network.layers):
         raise ValueError(
@@ -189,14 +190,14 @@ def train_backprop(
         objective = _pairwise_objective(network, strategy, objective)
     device = best_device(device)
     precision = best_precision(precision, device)
-    images, network = images.to(device), network.to(device)
+    images, network = learned_from(images).to(device), network.to(device)
     if strategy is None and not hasattr(network, "head"):
         network.head = _new_head(network, images).to(device)
     network.strategy, options = strategy, (optimizer, lr, weight_decay, precision)
     settings = settings_of(
         "backprop" if strategy is None else "pairwise",
         network,
-        images,
+        images if checkpoint else None,
         epochs=epochs,
         seed=seed,
         lr=lr,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLABORATIONS', 'KEEP_UP_TO', 'Step', 'with_squares', 'gammas', 'prefix', 'Frozen', 'forked', 'run_epochs',
-           'identity', 'settings_of', 'check_images', 'as_read', 'train']
+           'identity', 'settings_of', 'check_given', 'check_images', 'as_read', 'train']
 
 # %% ../nbs/108_training.ipynb #edffcff5
 import contextlib
@@ -31,7 +31,7 @@ from ff_research.checkpoints import (
     save_checkpoint,
 )
 from .checks import best_device, best_precision, one_of
-from .data import Images
+from .data import Images, check_images_are, checksum, learned_from
 from .goodness import sum_of_squares
 from .labels import check_labels, check_room
 from .layers import FFLinear, hand_on, units_of
@@ -220,6 +220,11 @@ class Frozen:
 
         def negative(x, y):
             made = negatives_of(self.strategy, x, y, self.asked, self.generators["generator"])
+            if len(made) != len(x):
+                raise ValueError(
+                    f"draw='epoch' keeps one negative an image, but {self.strategy.name} gave {len(made)} for {len(x)} "
+                    "images; generate one at each call, or take draw='batch'"
+                )
             return Streams(made, y, (len(x),))
 
         if fresh:
@@ -293,10 +298,12 @@ def run_epochs(epochs, one_epoch, live, refresh, generators, settings, checkpoin
 
 
 def identity(images):
-    "What a checkpoint remembers of the data."
+    "What a checkpoint remembers of the data: name, size and content, of centred images that of their labels and origin."
     if not hasattr(images, "x_train"):
         return repr(images)
-    return f"{images.name}, {len(images.y_train)} training images {list(images.shape)}"
+    known = images if images.origin is None else replace(images, x_train=images.y_train, x_test=images.y_test)
+    content = " of ".join(filter(None, (checksum(known), images.origin)))
+    return f"{images.name}, {len(images.y_train)} training images {list(images.shape)}, content {content}"
 
 
 def settings_of(method, network, images, **more):
@@ -304,6 +311,21 @@ def settings_of(method, network, images, **more):
     return json.loads(json.dumps(dict(method=method, network=repr(network), data=identity(images)) | more))
 
 # %% ../nbs/108_training.ipynb #55178402
+def check_given(network, images, strategy=None):
+    "Raise ValueError for another kind of thing than a network, images and a strategy."
+    check_images_are(images)
+    if not hasattr(network, "layers"):
+        raise ValueError(f"network is a {type(network).__name__}; expected a Network")
+    if isinstance(strategy, str):
+        one_of(strategy, STRATEGIES, "strategy")
+    made = "STRATEGIES[name](num_classes=images.num_classes)"
+    if isinstance(strategy, (str, type)):
+        what = f"the name {strategy!r}" if isinstance(strategy, str) else f"the class {strategy.__name__}"
+        raise ValueError(f"strategy is {what}; expected a strategy, as {made} gives one")
+    if strategy is not None and not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy is a {type(strategy).__name__}; expected a Strategy, as {made} gives one")
+
+
 def check_images(images, network, epochs, batch_size, strategy=None):
     "Raise ValueError for settings, images or labels that no run can use."
     if epochs < 0 or batch_size < 1:
@@ -510,6 +532,8 @@ def train(
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
+    check_given(network, images, strategy)
+    images = learned_from(images)
     _check_collaboration(network, strategy, collaboration, overlap)
     draw = _draws(draw, schedule, network, strategy)
     check_images(images, network, min(epochs) if isinstance(epochs, (list, tuple)) else epochs, batch_size, strategy)
@@ -535,7 +559,7 @@ def train(
         settings = settings_of(
             "ff",
             network,
-            images,
+            images if checkpoint else None,
             strategy=repr(strategy),
             epochs=epochs,
             seed=seed,
