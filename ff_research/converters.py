@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .checks import one_of, shown
+from .checks import shown
 from .files import as_array
 
 # %% ../nbs/913_converters.ipynb #cc794aa1
@@ -130,11 +130,9 @@ def as_pixels(parts, counts, source, pixel_range=None, channels=None):
     are no pixels, or standardised, which stay float32 as they are; None: what is certain. channels: see `in_order`.
     uint8 comes out, or float32 for "as_is". Raises ValueError for anything that is not certain, and for NaN.
     """
-    if channels is not None:
-        one_of(channels, ("first", "last"), "channels")
-    as_is = isinstance(pixel_range, str)
-    if as_is:
-        one_of(pixel_range, ("as_is",), "pixel_range")
+    if not isinstance(channels, (str, type(None))) or channels not in (None, "first", "last"):
+        raise ValueError(f"{source}: channels={shown(channels, 60)}; expected 'first', 'last' or None")
+    as_is = isinstance(pixel_range, str) and pixel_range == "as_is"
     for key, x in parts.items():
         if x.dtype.kind not in "biuf":
             kind = "Python objects" if x.dtype.kind == "O" else x.dtype
@@ -229,13 +227,10 @@ def _from_one_hot(y, key, source):
     return y.argmax(1)
 
 
-def _values(y, key, source):
+def _values(y):
     "The different labels, sorted, and for each image the place of its own among them."
     values, places = np.unique(y, return_inverse=True)
-    try:
-        return values.tolist(), places.reshape(-1)
-    except (ValueError, UnicodeError) as error:
-        raise ValueError(f"{source}: {key} holds text that is none") from error
+    return values.tolist(), places.reshape(-1)
 
 
 def as_classes(parts, source, class_names=None):
@@ -245,7 +240,7 @@ def as_classes(parts, source, class_names=None):
     themselves in the order that is wanted; None numbers the labels of "y_train" and warns where integers change.
     Raises ValueError for labels that the training part lacks, a label an image, or fewer than two classes.
     """
-    found = {key: _values(y, key, source) for key, y in parts.items()}
+    found = {key: _values(y) for key, y in parts.items()}
     values, known = found["y_train"][0], class_names is not None
     names = _checked_names(class_names, source) if known else values
     counted = known and not set(values) <= set(names)  # names beside labels that are numbers
@@ -290,14 +285,12 @@ def _say_renumbered(values, source):
 
 
 def _checked_names(names, source):
-    names = [v.item() if isinstance(v, np.generic) else v for v in names] if not isinstance(names, str) else [names]
-    if (
-        len(set(names)) < len(names)
-        or not names
-        or not any(all(isinstance(v, kind) for v in names) for kind in (str, int))
-    ):
-        raise ValueError(f"{source}: class_names={shown(names, 80)}; expected different texts or integers")
-    return names
+    whole = isinstance(names, (list, tuple, range, np.ndarray)) and getattr(names, "ndim", 1) == 1
+    made = [v.item() if isinstance(v, np.generic) else v for v in names] if whole else []
+    alike = any(all(isinstance(v, kind) for v in made) for kind in (str, int))
+    if not made or not alike or len(set(made)) < len(made):
+        raise ValueError(f"{source}: class_names={shown(names, 80)}; expected a list of different texts or integers")
+    return made
 
 # %% ../nbs/913_converters.ipynb #ac03e9b3
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "x")

@@ -301,8 +301,9 @@ def identity(images):
     "What a checkpoint remembers of the data: name, size and content, of centred images that of their labels and origin."
     if not hasattr(images, "x_train"):
         return repr(images)
-    known = images if images.origin is None else replace(images, x_train=images.y_train, x_test=images.y_test)
-    content = " of ".join(filter(None, (checksum(known), images.origin)))
+    origin = getattr(images, "origin", None)
+    known = images if origin is None else replace(images, x_train=images.y_train, x_test=images.y_test)
+    content = " of ".join(filter(None, (checksum(known), origin)))
     return f"{images.name}, {len(images.y_train)} training images {list(images.shape)}, content {content}"
 
 
