@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ff_research.backprop import train_backprop
-    from ff_research.data import Images, from_arrays, load
+    from ff_research.data import Images, from_arrays, from_dataset, load
     from ff_research.layers import FFConv, FFLinear, Layer
     from ff_research.network import Network
     from ff_research.objectives import Objective
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "Images": "data",
     "from_arrays": "data",
+    "from_dataset": "data",
     "load": "data",
     "FFConv": "layers",
     "FFLinear": "layers",
@@ -49,6 +50,7 @@ __all__ = [
     "STRATEGIES",
     "Strategy",
     "from_arrays",
+    "from_dataset",
     "linear_probe",
     "load",
     "per_label_goodness",

@@ -59,7 +59,7 @@ def in_order(x, count, key, source, channels=None, flat=False):
 def _span(key, low, high):
     return f"{key} reaches from {low:.6g} to {high:.6g}"
 
-
+# %% ../nbs/913_converters.ipynb #b4214686
 def judged_range(parts, source):
     """The range (low, high) that the pixels of all parts have, {key: array}, and whether some have to be cut off.
 
@@ -90,9 +90,12 @@ def judged_range(parts, source):
             f"{other or 'pixel_range=(low, high)'}; numbers that are standardised or no pixels: pixel_range='as_is'"
         )
     if high < 127.5:
+        whole = not any(floats)
+        tops = (max(1, math.ceil(high)), 255) if whole or high > 1 else (f"{high:.3g}", 1)
         raise ValueError(
             f"{source}: {said}, which may be all of a range or the dark end of another; {remedy}, as in "
-            f"pixel_range=(0, {max(1, math.ceil(high))}) or pixel_range=(0, {255 if high > 1 else 1})"
+            f"pixel_range=(0, {tops[0]}) or pixel_range=(0, {tops[1]})"
+            + ("" if whole else "; numbers that are no pixels: pixel_range='as_is'")
         )
     return (0, 255), False
 
@@ -122,7 +125,7 @@ def as_bytes(x, low, high, key, source):
         out[i : i + step] = np.rint(part.clip(0, 255))
     return torch.from_numpy(out)
 
-
+# %% ../nbs/913_converters.ipynb #ffb3034a
 def as_pixels(parts, counts, source, pixel_range=None, channels=None):
     """Tensors `[samples, channels, height, width]` from arrays of images, {key: array}, judged together.
 
@@ -154,7 +157,7 @@ def as_pixels(parts, counts, source, pixel_range=None, channels=None):
     low, high = _checked_range(pixel_range, source)
     return {key: as_bytes(part, low, high, key, source) for key, part in x.items()}
 
-
+# %% ../nbs/913_converters.ipynb #c50f93e1
 def _finite(x, key, source):
     with np.errstate(all="ignore"):
         sound = x.dtype.kind != "f" or np.isfinite(x.min() + x.max())  # one number, before a whole array of them
@@ -211,7 +214,7 @@ def one_label_each(y, count, key, source):
         y = y.astype(np.int64)
     return y
 
-
+# %% ../nbs/913_converters.ipynb #669b9b89
 def _from_one_hot(y, key, source):
     "The places of the ones."
     if not np.isin(y, (0, 1)).all():
@@ -232,7 +235,7 @@ def _values(y):
     values, places = np.unique(y, return_inverse=True)
     return values.tolist(), places.reshape(-1)
 
-
+# %% ../nbs/913_converters.ipynb #696cce02
 def as_classes(parts, source, class_names=None):
     """Labels from 0 as int64 tensors, {key: tensor}, their number of classes, and their names or None.
 
@@ -270,7 +273,7 @@ def as_classes(parts, source, class_names=None):
     }
     return tensors, len(names), None if plain else tuple(names)
 
-
+# %% ../nbs/913_converters.ipynb #2e177e16
 def _listed(values, most=5):
     text = [str(v) for v in values]
     return shown(", ".join(text if len(text) <= most else [*text[: most - 2], "…", text[-1]]), 80)
@@ -311,7 +314,7 @@ def _columns(item, columns, source):
 
 def _pair(item, columns, source):
     if isinstance(item, Mapping):
-        return tuple(item[c] for c in columns)
+        return tuple(item[c] for c in _columns(item, columns, source))
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         raise ValueError(f"{source}: its items are {type(item).__name__}s; expected pairs of image and label")
     return item[0], item[1]
@@ -361,7 +364,7 @@ def arrays_of(dataset, source, columns=None, progress=True):
     known = "first" if hasattr(image, "getbands") else None
     return x, as_array(labels, "the labels", source), known, _names_of(dataset, columns)
 
-
+# %% ../nbs/913_converters.ipynb #66e1f64c
 def _room(count, like, source):
     "An empty array for so many images; a ValueError where they would need more memory than there is."
     if like.dtype.kind not in "biuf" or not like.size:

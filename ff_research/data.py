@@ -254,9 +254,11 @@ def from_dataset(
             [one for one in names[0] if one in set(y["train"].tolist())] if y["train"].dtype.kind == "U" else None
         )
     channels = channels or (read["train"][2] if read["train"][0].ndim == 4 else None)
-    test, validation = (read[part][:2] if part in read else None for part in ("test", "val"))
-    options = dict(pixel_range=pixel_range, channels=channels, class_names=class_names, split=split)
-    images = from_arrays(name, *read["train"][:2], *(test or (None, None)), validation=validation, **options)
+    pair, test, val = (read[part][:2] if part in read else None for part in ("train", "test", "val"))
+    images = from_arrays(
+        name, *pair, *(test or (None, None)), validation=val, pixel_range=pixel_range, channels=channels,
+        class_names=class_names, split=split
+    )  # fmt: skip
     if keep is not None:
         save_npz(images, keep)
     return images
@@ -276,8 +278,8 @@ def _parts_of_dataset(train, test, validation):
         test = train.get("test") if test is None else test
         validation = train.get("validation", train.get("valid")) if validation is None else validation
         train = train["train"]
-    parts = dict(train=train, test=test, val=validation)
-    return {part: dataset for part, dataset in parts.items() if dataset is not None}
+    more = dict(test=test, val=validation)
+    return dict(train=train) | {part: dataset for part, dataset in more.items() if dataset is not None}
 
 # %% ../nbs/101_data.ipynb #c4e48a9a
 def data_root(root=None):

@@ -41,7 +41,7 @@ def _read_member(archive, member, size):
     with archive.open(member) as f:
         return read_npy(f, member.file_size, member.filename)
 
-
+# %% ../nbs/914_files.ipynb #dcc950dc
 def read_npy(f, size, name):
     "The plain array in an open .npy file of `size` bytes. Raises ValueError for objects, or a shape of another size."
     major, _ = np.lib.format.read_magic(f)
@@ -111,7 +111,7 @@ def _variable(content, order):
         raise ValueError(f"a variable claims the shape {shown(shape, 60)}, which is not what {count} bytes hold")
     return content[name : name + of_name].decode("latin1"), shape, flags, kind, numbers
 
-
+# %% ../nbs/914_files.ipynb #b60f4d51
 def _elements(f, size, order):
     "For each variable in an open file a function that gives so many bytes of its content, and how many there are."
     while len(tag := f.read(8)) == 8:
@@ -129,7 +129,7 @@ def _elements(f, size, order):
             yield lambda n, at=at: (f.seek(at), f.read(n))[1], count
         f.seek(at + count)
 
-
+# %% ../nbs/914_files.ipynb #6451d296
 def _read_mat(path, choose):
     'Variables of a Matlab file (version 5 to 7.2) that are plain numbers. Source: The MathWorks, "MAT-File Format", level 5.'
     size, found = os.path.getsize(path), {}
@@ -175,7 +175,7 @@ OTHERS = {
     ".pt": "torch.save", ".pth": "torch.save", ".pkl": "pickle", ".pickle": "pickle", ".joblib": "joblib"
 }  # fmt: skip
 
-
+# %% ../nbs/914_files.ipynb #814c290d
 def read_arrays(path, choose=lambda names: names):
     """{name: array} of the plain arrays in an .npz, .npy, idx (also .gz) or Matlab file; nothing is ever unpickled.
 
@@ -184,7 +184,7 @@ def read_arrays(path, choose=lambda names: names):
     """
     return read_named(path, choose)[0]
 
-
+# %% ../nbs/914_files.ipynb #227f3e20
 def read_named(path, choose):
     "Like `read_arrays`; gives also the names of everything that the file holds."
     path = Path(os.path.expanduser(path))
@@ -277,7 +277,7 @@ def as_array(value, key, source):
         return x.astype(str)
     return x
 
-
+# %% ../nbs/914_files.ipynb #f19c2d3e
 def _stacked(tensors, key, source):
     try:
         return torch.stack(list(tensors))

@@ -36,7 +36,10 @@ def stratified(y, samples):
     values, place, counts = torch.unique(y, return_inverse=True, return_counts=True)
     quota = samples * counts.double() / len(y)
     low, high = (counts > 1).long(), counts - 1
-    low, high = (low if low.sum() <= samples else low * 0), (high if high.sum() >= samples else counts)
+    if low.sum() > samples:  # not one of each class
+        low, high = low * 0, low
+    elif high.sum() < samples:  # not one of each class left
+        low, high = high, counts
     take = quota.floor().long().clamp(low, high)
     while (missing := samples - int(take.sum())) != 0:
         room = take < high if missing > 0 else take > low

@@ -40,7 +40,7 @@ from .network import Network, deepest, ready, run_layer, walk
 from .objectives import Objective, PeerNormalisation
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .schedules import table_of
-from .strategies import Strategy, negatives_of
+from .strategies import STRATEGIES, Strategy, negatives_of
 from .streams import Streams, written_out
 
 # %% ../nbs/108_training.ipynb #fbc17ce7

@@ -247,6 +247,9 @@ ORDER = [
     "streams",
     "goodness",
     "data",
+    "converters",
+    "splits",
+    "files",
     "checks",
 ]
 APART = {"results": {"data"}, "plots": {"data", "results"}}

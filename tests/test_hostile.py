@@ -171,7 +171,10 @@ NPZ = {
         "claims the shape",
     ),
     "no bytes a number": (lambda: archive(data=described("|V0", (10**15,), b"")), "holds void, not numbers"),
-    "objects": (lambda: archive(data=npy(np.array([{}] * 12))), "x_train.npy holds Python objects, which are never unpickled"),
+    "objects": (
+        lambda: archive(data=npy(np.array([{}] * 12))),
+        "x_train.npy holds Python objects, which are never unpickled",
+    ),
     "objects in a structure": (
         lambda: archive(data=described([("a", "|O")], (1,), b"12345678")),
         "holds Python objects",

@@ -994,7 +994,8 @@ def mat(compressed):
 
 def as_file(rng, folder, name, data):
     (folder / name).write_bytes(data)
-    return lambda: from_arrays("fuzz", folder / name, arrays()["y_train"], pixel_range=(0, 255)), name
+    path, y = folder / name, arrays()["y_train"]
+    return lambda: from_arrays("fuzz", path, y, source=str(path), pixel_range=(0, 255)), name
 
 
 @attack("converter")
