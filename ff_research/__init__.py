@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from ff_research.backprop import train_backprop
     from ff_research.callbacks import EarlyStopping
-    from ff_research.data import Images, from_arrays, load
+    from ff_research.data import Images, from_arrays, from_dataset, load
     from ff_research.estimator import FFClassifier
     from ff_research.layers import FFConv, FFLinear, Layer
     from ff_research.modelfiles import load_network, save
@@ -28,6 +28,7 @@ _ROOMS = {
     "EarlyStopping": "callbacks",
     "Images": "data",
     "from_arrays": "data",
+    "from_dataset": "data",
     "load": "data",
     "FFConv": "layers",
     "FFLinear": "layers",
@@ -62,6 +63,7 @@ __all__ = [
     "Strategy",
     "fit_readout",
     "from_arrays",
+    "from_dataset",
     "linear_probe",
     "load",
     "load_network",

@@ -19,7 +19,7 @@ from torch import nn
 
 from .checkpoints import Diverged, History
 from .checks import PRECISIONS, best_device, best_precision, one_of
-from .data import Images
+from .data import Images, check_images_are, learned_from
 from .goodness import mean_of_squares, sum_of_squares
 from .layers import FFLinear, hand_on
 from .learners import Recorded
@@ -138,6 +138,7 @@ def _check_backprop(network, images, epochs, batch_size, strategy, first):
     "Raise ValueError for settings that backpropagation cannot use."
     if not isinstance(epochs, Integral):
         raise ValueError(f"epochs={epochs!r}: expected one number, since all layers learn at once")
+    check_images_are(images)
     check_images(images, network, epochs, batch_size, strategy)
     if any(getattr(layer, "full_gradient", False) for layer in network.layers):
         raise ValueError(
@@ -196,7 +197,7 @@ def train_backprop(
         objective = _pairwise_objective(network, strategy, objective)
     device = best_device(device)
     precision = best_precision(precision, device)
-    images = begun(callbacks, network, images)
+    images = learned_from(begun(callbacks, network, images))
     images, network = images.to(device), network.to(device)
     network.see(images, 0 if strategy is None else strategy.label_pixels)
     network.remember(images)
@@ -206,7 +207,7 @@ def train_backprop(
     settings = settings_of(
         "backprop" if strategy is None else "pairwise",
         network,
-        images,
+        images if checkpoint else None,
         epochs=epochs,
         seed=seed,
         lr=lr,

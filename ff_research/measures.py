@@ -16,7 +16,7 @@ import torch
 
 from .checks import best_device, best_precision, one_of
 from .cka import compare
-from .data import hold_out, validation_size
+from .data import hold_out, split_rows, validation_size
 from .diagnostics import diagnose
 from .entropy import goodness_parts, stream_entropy
 from .labels import wrong_labels
@@ -121,9 +121,9 @@ def _parts(case):
 def _tuned(case):
     "The network as a start, fine-tuned on the first target: on 1,000 of its images and on all."
     name, target = case.first_target()
-    held = validation_size(target)
+    rest, held = split_rows(target)
     few = {
-        part: torch.cat([getattr(target, part)[: min(1000, len(target.y_train) - held)], getattr(target, part)[-held:]])
+        part: torch.cat([getattr(target, part)[rest][:1000], getattr(target, part)[held]])
         for part in ("x_train", "y_train")
     }
     budgets = {

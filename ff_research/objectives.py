@@ -102,7 +102,8 @@ def both_streams(g, s, what):
     if len(s.sizes) != 2 or s.sizes[0] != s.sizes[1]:
         raise ValueError(
             f"{what} compares positives with as many negatives: expected two streams of one size, got "
-            f"{len(s.sizes)} of {' + '.join(map(str, s.sizes))} rows"
+            f"{len(s.sizes)} of {' + '.join(map(str, s.sizes))} rows; generate gives one negative an image at each call, "
+            "and more of them need an objective of their own"
         )
     return s.split(g)
 

@@ -90,5 +90,5 @@ def pretext(images, task, seed=0):
         x = getattr(images, f"x_{part}")
         y = (torch.randperm(len(x), generator=generator) % len(table)).to(x.device)
         parts |= {f"x_{part}": _rearranged(x, y, table), f"y_{part}": y}
-    name = f"{images.name}, {task}{f' {seed}' if seed else ''}"
-    return replace(images, name=name, num_classes=len(table), centring=None, **parts)
+    parts |= dict(num_classes=len(table), class_names=None, centring=None)
+    return replace(images, name=f"{images.name}, {task}{f' {seed}' if seed else ''}", **parts)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import Images, validation_size
+from .data import Images, check_images_are, split_rows, validation_size
 from .goodness import sum_of_squares
 from .labels import check_room, labelled, neutral
 from .layers import hand_on
@@ -46,6 +46,7 @@ def held_out(images):
 
 def part_of(images, split):
     "Images and labels of the training or of the test part."
+    check_images_are(images)
     one_of(split, ("train", "test"), "split")
     x, y = getattr(images, f"x_{split}"), getattr(images, f"y_{split}")
     check_samples(x, y)
@@ -365,7 +366,7 @@ def softmax_head(network, images, *, first=2, precision="auto", device="auto"):
     """The one-pass classifier: a `Probe` on the joined activities of layers `first`, first + 1, ….
 
     The images carry the neutral label, and the activities are normalised.
-    The l2 strength is chosen on the last `validation_size(images)` training images, which the fit does not see.
+    The l2 strength is chosen on the held-out training images (`split_rows`), which the fit does not see.
     Source: Hinton (2022), section 3.3, who trains this head along with the network; it is solved here once the
     network is trained.
     """
@@ -373,8 +374,9 @@ def softmax_head(network, images, *, first=2, precision="auto", device="auto"):
     f = features(network, images.x_train, images.num_classes, precision=precision, device=device)[first - 1 :]
     if first < 1 or not f:
         raise ValueError(f"first={first}: the network has the layers 1…{len(network.layers)}")
-    f, y, held = torch.cat(f, dim=1), images.y_train.to(f[0].device), held_out(images)
-    return fit_probe(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
+    f, y = torch.cat(f, dim=1), images.y_train.to(f[0].device)
+    fit, held = split_rows(images, held_out(images))
+    return fit_probe(f[fit], y[fit], images.num_classes, validation=(f[held], y[held]))
 
 # %% ../nbs/111_readout.ipynb #0d6610d1
 def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False, missed=None):
@@ -382,18 +384,18 @@ def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False, miss
 
     train, test: lists of features of the training and test images `[images, units]`. Gives {"test": {name: error},
     "validation": …}; names are "layer_1", "layer_2", … and "layers_2_to_L" (or whatever `joined` is). The probe is
-    fitted without the last `validation_size(images)` training images.
+    fitted without the held-out training images (`split_rows`).
     fit: `fit_probe` or `fit_ridge`. refit: fit it again on all training images, with the l2 chosen so, before it is
     tested. missed: a dictionary that takes, by the same names, which test images are read wrong, bool `[images]`.
     """
-    held, out = held_out(images), {"test": {}, "validation": {}}
+    (rest, held), out = split_rows(images, held_out(images)), {"test": {}, "validation": {}}
     y, y_test = images.y_train.to(train[0].device), images.y_test.to(train[0].device)
     matrices = {f"layer_{i}": (a, b) for i, (a, b) in enumerate(zip(train, test), start=1)}
     if len(train) > joined:
         matrices[f"layers_{joined}_to_{len(train)}"] = tuple(torch.cat(part[joined - 1 :], 1) for part in (train, test))
     for name, (f, f_test) in matrices.items():
-        probe = fit(f[:-held], y[:-held], images.num_classes, validation=(f[-held:], y[-held:]))
-        out["validation"][name] = probe.error(f[-held:], y[-held:])
+        probe = fit(f[rest], y[rest], images.num_classes, validation=(f[held], y[held]))
+        out["validation"][name] = probe.error(f[held], y[held])
         probe = fit(f, y, images.num_classes, l2=(probe.l2,)) if refit else probe
         wrong = probe.missed(f_test, y_test)
         out["test"][name] = 100 * wrong.float().mean().item()
@@ -433,6 +435,7 @@ def linear_probe(
     neutral_label: as in `read_as`. fit, refit, missed: as in `probe_errors`. power: as in `features`.
     Gives {"test": {"layer_1": error, …}, "validation": {…}}; see `probe_errors`.
     """
+    check_images_are(images)
     check_samples(images.x_train, images.y_train)
     check_samples(images.x_test, images.y_test)
     how = read_as(network, images, neutral_label) | dict(power=power, precision=precision, device=device)

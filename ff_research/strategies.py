@@ -65,6 +65,11 @@ class Strategy(nn.Module):
         Override it where the two share work, or where there are more.
         """
         positive, negative = self.create_positive(x, y), negatives_of(self, x, y, network, generator)
+        if negative is not None and negative.shape[1:] != positive.shape[1:]:
+            raise ValueError(
+                f"{self.name or type(self).__name__}: positives are {list(positive.shape[1:])}, negatives "
+                f"{list(negative.shape[1:])}; expected generate to give images of the same shape"
+            )
         rows = positive if negative is None else torch.cat([positive, negative])
         return Streams(rows, y, (len(positive),) if negative is None else (len(positive), len(negative)))
 

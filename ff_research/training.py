@@ -22,7 +22,7 @@ from torch import nn
 from .checkpoints import Diverged as Diverged  # what `train` raises
 from .checkpoints import History, Meter, examine
 from .checks import best_device, best_precision, one_of, shown
-from .data import Images
+from .data import Images, check_images_are, checksum, learned_from
 from .goodness import sum_of_squares
 from .labels import check_labels, check_room
 from .layers import FFLinear, hand_on, units_of
@@ -212,6 +212,11 @@ class Frozen:
 
         def negative(x, y):
             made = negatives_of(self.strategy, x, y, self.asked, self.generators["generator"])
+            if len(made) != len(x):
+                raise ValueError(
+                    f"draw='epoch' keeps one negative an image, but {self.strategy.name} gave {len(made)} for {len(x)} "
+                    "images; generate one at each call, or take draw='batch'"
+                )
             return Streams(made, y, (len(x),))
 
         if fresh:
@@ -245,10 +250,13 @@ NUMERICS = 1  # kept in each row; raised when a change of the code changes the n
 
 
 def identity(images):
-    "What a checkpoint remembers of the data."
+    "What a checkpoint remembers of the data: name, size and content, of centred images that of their labels and origin."
     if not hasattr(images, "x_train"):
         return repr(images)
-    return f"{images.name}, {len(images.y_train)} training images {list(images.shape)}"
+    origin = getattr(images, "origin", None)
+    known = images if origin is None else replace(images, x_train=images.y_train, x_test=images.y_test)
+    content = " of ".join(filter(None, (checksum(known), origin)))
+    return f"{images.name}, {len(images.y_train)} training images {list(images.shape)}, content {content}"
 
 
 def settings_of(method, network, images, **more):
@@ -510,13 +518,14 @@ def train(
         one_of(name, known, what)
     check_kinds(network, strategy, objective)
     callbacks, seed, batch_size = check_callbacks(callbacks), index(seed), index(batch_size)
+    check_images_are(images)
     _check_collaboration(network, strategy, collaboration, overlap)
     draw = _draws(draw, schedule, network, strategy)
     check_images(images, network, min(epochs) if isinstance(epochs, (list, tuple)) else epochs, batch_size, strategy)
     device = best_device(device)
     precision = best_precision(precision, device)
     rates = _per_layer(lr, len(network.layers))
-    images = begun(callbacks, network, images)
+    images = learned_from(begun(callbacks, network, images))
     images, network, strategy = images.to(device), network.to(device), strategy.to(device)
     network.remember(images)
     with forked(seed, device) as generators:
@@ -538,7 +547,7 @@ def train(
         settings = settings_of(
             "ff",
             network,
-            images,
+            images if checkpoint else None,
             strategy=repr(strategy),
             epochs=epochs,
             seed=seed,

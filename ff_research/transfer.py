@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from .data import as_float, hold_out
+from .data import as_float, hold_out, split_rows
 from .labels import neutral
 from .readout import check_samples, held_out, standardised, features, fit_ridge, head_error, probe_errors
 from .checks import best_device, one_of
@@ -208,19 +208,21 @@ def _check_shots(shots, draws, l2):
 def _fewest(target):
     "The class with the fewest training images outside the validation part, and how many these are."
     check_samples(target.x_train, target.y_train)
-    counts = torch.bincount(target.y_train[: -held_out(target)].cpu().long(), minlength=target.num_classes)
+    pool, _ = split_rows(target, held_out(target))
+    counts = torch.bincount(target.y_train[pool].cpu().long(), minlength=target.num_classes)
     return int(counts.argmin()), int(counts.min())
 
 # %% ../nbs/401_transfer.ipynb #e77928da
 def _low_shot(f, f_test, target, shots, draws, seed, l2):
     "Mean test error in % over the draws, for each number of shots; features `[images, units]`."
     z, y, mean, scale = standardised(f, target.y_train.to(f.device))
-    z_test, y_test, pool = (f_test - mean) * scale, target.y_test.to(f.device), len(y) - held_out(target)
+    z_test, y_test = (f_test - mean) * scale, target.y_test.to(f.device)
+    pool = torch.arange(len(y))[split_rows(target, held_out(target))[0]].to(f.device)
     out = {k: 0.0 for k in shots}
     for draw in range(draws):
-        ranks = _ranks(y[:pool], seed * draws + draw).to(f.device)
+        ranks = _ranks(y[pool], seed * draws + draw).to(f.device)
         for k in out:
-            few = (ranks < k).nonzero()[:, 0]
+            few = pool[(ranks < k).nonzero()[:, 0]]
             weight, bias = _few_shot_ridge(z[few], y[few], target.num_classes, l2)
             wrong = (z_test @ weight + bias).argmax(1) != y_test
             out[k] += 100 * wrong.float().mean().item() / draws

@@ -262,6 +262,9 @@ ORDER = [
     "streams",
     "goodness",
     "data",
+    "converters",
+    "splits",
+    "files",
     "checks",
 ]
 APART = {

@@ -90,11 +90,10 @@ LABELS = np.array([0, 1, 2, 0, 1, 2])
             "x_train holds NaN or infinite pixels, first in image 4",
         ),
         (dict(x_test=GREY[:3] * np.inf), "x_test holds NaN or infinite"),
-        (dict(x_train=-GREY), "range from"),
-        (dict(x_train=GREY * 1e30), "range from"),
-        (dict(x_train=(GREY * 255).astype(np.int64) + 1000), "0…255"),
+        (dict(x_train=-GREY), "x_train reaches from -0.99"),
+        (dict(x_train=GREY * 1e30), "scaled differently"),
+        (dict(x_train=(GREY * 255).astype(np.int64) + 1000, x_test=GREY[:3] * 1000), "0…255"),
         (dict(x_train=GREY.astype(complex)), "complex"),
-        (dict(x_train=GREY > 0.5), "bool"),
         (dict(x_train=np.full((6, 5, 4), "a")), "expected numbers"),
         (dict(x_train=np.full((6, 5, 4), None)), "object"),
         (dict(x_train=GREY[0]), "shape (5, 4)"),
@@ -106,13 +105,18 @@ LABELS = np.array([0, 1, 2, 0, 1, 2])
         (dict(y_train=LABELS[:5]), "5 labels for 6 images"),
         (dict(y_test=LABELS[:2]), "2 labels for 3 images"),
         (dict(y_train=LABELS - 1), "label -1"),
-        (dict(y_train=LABELS.astype(float)), "float64"),
-        (dict(y_train=LABELS > 0), "bool"),
-        (dict(y_train=np.array(list("abcabc"))), "one integer per image"),
-        (dict(y_train=np.eye(3, dtype=int)[LABELS]), "[6, 3]"),
+        (dict(y_train=LABELS + 0.5), "float64"),
+        (dict(y_train=np.where(LABELS == 2, np.nan, LABELS)), "no whole number"),
+        (dict(y_train=LABELS > 0), "the label 2, which y_train (False, True) lacks"),
+        (dict(y_train=np.array(list("abcabc"))), "the label 0, which y_train (a, b, c) lacks"),
+        (dict(y_train=np.tri(3, dtype=int)[LABELS]), "multi-label, image 1 has 2 classes"),
+        (dict(y_train=np.full((6, 3), 1 / 3)), "take y_train.argmax(1)"),
+        (dict(y_train=np.full((6, 3), 0)), "multi-label, image 0 has 0 classes"),
+        (dict(y_train=np.arange(6)), "a label of its own"),
+        (dict(y_train=np.array([{}] * 6)), "Python objects"),
         (dict(y_train=LABELS * 0), "one class only"),
-        (dict(y_train=np.array([0, 1, 2, 0, 1, 900])), "label 900"),
-        (dict(y_test=np.array([0, 1, 3])), "which y_train (0…2) lacks"),
+        (dict(y_test=np.array([0, 1, 900])), "label 900"),
+        (dict(y_test=np.array([0, 1, 3])), "which y_train (0, 1, 2) lacks"),
     ],
 )
 def test_unusable_arrays_are_refused(change, words):
@@ -292,17 +296,17 @@ def test_unusable_arrays_in_a_file_are_refused_with_its_path(tmp_path):
     path.write_bytes(npz(y_test=np.arange(6)))
     with pytest.raises(ValueError) as error:
         load(path)
-    assert str(error.value).startswith(f"{path}: y_test holds the label 5")
+    assert str(error.value).startswith(f"{path}: y_test holds the label 3")
 
 
 def test_own_data_of_any_shape(tmp_path, monkeypatch):
-    expected = arrays(train=60, test=30, classes=26, shape=(3, 7, 4))
+    expected = arrays(train=60, test=30, classes=26, shape=(3, 7, 5))
     np.savez(tmp_path / "letters.npz", **expected, notes=np.array("what else is in the file does not matter"))
     images = load(tmp_path / "letters.npz")
     assert same(images, expected) and (images.name, images.shape, images.num_pixels, images.num_classes) == (
         "letters",
-        (3, 7, 4),
-        84,
+        (3, 7, 5),
+        105,
         26,
     )
     monkeypatch.chdir(tmp_path)
@@ -338,8 +342,11 @@ def test_a_name_like_no_other_is_answered_with_all(name):
 
 
 def test_a_path_where_nothing_is(tmp_path):
-    for path in (tmp_path / "nothing.npz", f"{tmp_path}/", "nowhere/mine"):
+    for path in (tmp_path / "nothing.npz", "nowhere/mine", Path("mine")):
         with pytest.raises(FileNotFoundError, match="no such file"):
+            load(path)
+    for path in (tmp_path, f"{tmp_path}/"):
+        with pytest.raises(IsADirectoryError, match=r"a folder, not a file; .* from_dataset\(.*ImageFolder"):
             load(path)
 
 
@@ -399,19 +406,32 @@ def test_a_data_set_is_fetched_once_and_kept(tmp_path, fetch):
     assert same(load("mnist", root=root), arrays()) and fetch.calls == 2  # training and test part, once each
 
 
-def test_colour_comes_channels_first(tmp_path, monkeypatch):
+def test_colour_comes_channels_first_and_in_one_order(tmp_path, monkeypatch):
     expected = arrays(shape=(3, 4, 4))
+    turn = {"train": np.random.default_rng(1).permutation(12), "test": np.arange(6)[::-1]}
+    moved = {key: expected[key][turn[key[2:]]] for key in KEYS}
 
     class Colour:
         def __init__(self, root, train, download):
             part = "train" if train else "test"
             self.data, self.targets = (
-                expected[f"x_{part}"].transpose(0, 2, 3, 1),
-                expected[f"y_{part}"].tolist(),
+                moved[f"x_{part}"].transpose(0, 2, 3, 1),
+                moved[f"y_{part}"].tolist(),
             )  # as torchvision has them
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Colour)
-    assert same(load("cifar10", root=tmp_path), expected)
+    images = load("cifar10", root=tmp_path)
+    assert not same(images, expected) and images.shape == (3, 4, 4)
+    for part in ("train", "test"):  # the same pairs of image and label
+        pairs = [
+            sorted((x.tolist(), int(y)) for x, y in zip(d[f"x_{part}"], d[f"y_{part}"]))
+            for d in (expected, vars(images))
+        ]
+        assert pairs[0] == pairs[1]
+    (tmp_path / "other").mkdir()
+    np.savez(tmp_path / "other" / "cifar10.npz", **expected)
+    again = load("cifar10", root=tmp_path / "other")
+    assert all(torch.equal(getattr(again, key), getattr(images, key)) for key in KEYS)
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("File not found or corrupted.")])

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import History, read_checkpoint, save_checkpoint
-from ff_research.data import hold_out, load
+from ff_research.data import centred, hold_out, load
 from ff_research.network import Network
 from ff_research.objectives import symba
 from ff_research.strategies import STRATEGIES
-from ff_research.training import train
+from ff_research.training import identity, train
 
 LABELS = STRATEGIES["label_embedding"]
 EPOCHS, BATCHES = 4, 15  # of digits, in batches of 100
@@ -214,9 +215,24 @@ def test_of_another_network(path, digits):
 
 def test_of_other_images(path, digits):
     "The same data set with fewer training images, as in tuning, is another run."
-    assert "1437 training images [1, 8, 8]' there, 'digits, 1137 training images" in refused(
-        path, digits, images=hold_out(digits, 300)
-    )
+    said = refused(path, digits, images=hold_out(digits, 300))
+    there, here = said.split(" there, ")
+    assert "'digits, 1437 training images [1, 8, 8], content " in there
+    assert here.startswith("'digits, 1137 training images [1, 8, 8], content ")
+
+
+def test_of_the_same_images_with_another_content(path, digits):
+    "Labels that were repaired, one pixel that differs: the checkpoint knows what it learned from."
+    other = digits.x_train.clone()
+    other[700, 0, 3, 3] += 1
+    for changed in (replace(digits, y_train=digits.y_train.flip(0)), replace(digits, x_train=other)):
+        assert "data is 'digits, 1437 training images [1, 8, 8], content " in refused(path, digits, images=changed)
+    same = replace(digits, x_train=digits.x_train.clone())
+    assert identity(same) == identity(digits)
+    middle = centred(digits)  # computed: known by what it was computed from, and by its labels
+    assert identity(middle) == identity(replace(middle, x_train=middle.x_train + 1e-7)) != identity(digits)
+    assert identity(middle) != identity(replace(middle, y_train=middle.y_train.flip(0)))
+    assert identity(middle) != identity(centred(replace(digits, x_train=other)))
 
 
 def test_of_backpropagation(path, digits):

@@ -42,7 +42,8 @@ import ff_research
 from ff_research import cli, loops, recipes, results, runs, searches, training
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import read_checkpoint as read_back
-from ff_research.data import from_arrays, load, load_npz
+from ff_research.data import Images, from_arrays, from_dataset, load, load_npz, save_npz
+from ff_research.files import read_arrays
 from ff_research.layers import FFConv, FFLinear, Merge
 from ff_research.modelfiles import digest, load_network, save
 from ff_research.network import Network
@@ -50,7 +51,7 @@ from ff_research.predictions import fit_readout, predict, reading_of
 from ff_research.strategies import STRATEGIES
 
 MEMORY_MB, SECONDS = 200, 20
-ATTACKS = {"npz": {}, "checkpoint": {}, "model": {}, "rows": {}, "recipe": {}}
+ATTACKS = {"npz": {}, "converter": {}, "checkpoint": {}, "model": {}, "rows": {}, "recipe": {}}
 
 
 class Broken(AssertionError):
@@ -795,15 +796,288 @@ def read_npz(rng, folder, given):
     with guarded(folder) as told:
         images = judged(lambda: rng.choice((load_npz, load))(path), named=naming(path))
     if images is not None:
-        for x, y in ((images.x_train, images.y_train), (images.x_test, images.y_test)):
-            if (
-                x.dtype != torch.uint8
-                or x.ndim != 4
-                or len(x) != len(y)
-                or not 0 <= int(y.min()) <= int(y.max()) < images.num_classes <= len(images.y_train)
-            ):
-                raise Broken(f"unsound data were read: {images!r}, labels {int(y.min())} to {int(y.max())}")
+        sound(images)
     return images is not None, told
+
+
+def sound(images, floats=False):
+    "`Broken` for images that no training could use."
+    for x, y in ((images.x_train, images.y_train), (images.x_test, images.y_test)):
+        if (
+            x.dtype != torch.uint8
+            and not (floats and x.dtype == torch.float32 and x.isfinite().all())
+            or x.ndim != 4
+            or len(x) != len(y)
+            or not 0 <= int(y.min()) <= int(y.max()) < images.num_classes
+            or images.class_names is not None
+            and len(images.class_names) != images.num_classes
+        ):
+            raise Broken(f"unsound data were read: {images!r}, labels {int(y.min())} to {int(y.max())}")
+    if not str(images).isprintable():
+        raise Broken(f"not one clear line: {images!r}")
+
+
+# Converters: `attack(rng, folder)` gives a call and the text that its message has to hold
+
+LENGTHS = (0, 1, 2, 3, 4, 5, 6, 12, 13)
+ASKED = dict(
+    pixel_range=(
+        None,
+        None,
+        "as_is",
+        (0, 255),
+        (-1, 1),
+        (1, 0),
+        (0,),
+        "text",
+        (0, float("nan")),
+        7,
+        (None, 1),
+        (0, 10**400),
+    ),
+    channels=(None, None, "first", "last", "middle", 3, ""),
+    class_names=(None, None, "ab", [], ["a"], ["a", "a"], list("abc"), range(3), [0, "a"], [1.5, 2], 7, [None] * 3),
+    split=(None, None, "last", "stratified", "random", 0),
+)
+
+
+def odd_pixels(rng, count, shape):
+    "Numbers of any kind and range."
+    noise = np.random.default_rng(rng.randrange(2**32)).random((count, *shape))
+    low, high = rng.choice(
+        ((0, 1), (0, 255), (0, 16), (-1, 1), (-3, 3), (0, 1.003), (0, 65535), (-1e30, 1e300), (0, 0), (5, 5))
+    )
+    x = low + noise * (high - low)
+    if rng.random() < 0.1 and x.size:
+        x.flat[rng.randrange(x.size)] = rng.choice((np.nan, np.inf, -np.inf, 1e308))
+    kinds = (
+        np.float64,
+        np.float32,
+        np.float16,
+        np.int64,
+        np.uint8,
+        np.int8,
+        np.uint16,
+        bool,
+        complex,
+        object,
+        "U3",
+        np.longdouble,
+    )
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        return x.astype(rng.choice(kinds))
+
+
+def odd_labels(rng, count):
+    "Labels of any kind."
+    plain = np.arange(count) % rng.choice((1, 2, 3, max(count, 1)))
+    return rng.choice(
+        (
+            lambda: plain,
+            lambda: plain + rng.choice((1, -1, 10**15, -(10**15))),
+            lambda: plain * 50,
+            lambda: plain[:, None],
+            lambda: plain[None],
+            lambda: np.eye(3)[plain % 3],
+            lambda: np.eye(3, dtype=bool)[plain % 3] | (rng.random() < 0.5),
+            lambda: np.array(["a", "\x1b[2J", "\ud800", "x" * 5000, ""], dtype="U5000")[plain % 5],
+            lambda: plain.astype("S3"),
+            lambda: plain.astype(object),
+            lambda: plain.astype(rng.choice((float, np.float16, np.uint64, np.uint8, "M8[s]", complex))),
+            lambda: plain + rng.choice((0.5, np.nan, np.inf)),
+            lambda: [anything(rng) for _ in range(count)],
+            lambda: list(map(str, plain)),
+            lambda: torch.from_numpy(plain),
+            lambda: anything(rng),
+        )
+    )()
+
+
+def odd_shape(rng):
+    sides = (1, 2, 3, 4, 5, 8)
+    return tuple(rng.choice(sides) for _ in range(rng.choice((0, 1, 2, 2, 3, 3, 3, 4))))
+
+
+@attack("converter")
+def odd_arrays(rng, folder):
+    count, shape, held = rng.choice(LENGTHS), odd_shape(rng), {}
+    for part in ("train", "test"):
+        given = shape if rng.random() < 0.9 else odd_shape(rng)
+        held[f"x_{part}"] = odd_pixels(rng, count, given)
+        held[f"y_{part}"] = odd_labels(rng, count if rng.random() < 0.9 else rng.choice(LENGTHS))
+    if rng.random() < 0.2:
+        held |= dict(x_test=None, y_test=None)
+    if rng.random() < 0.2:
+        held["validation"] = rng.choice((None, 7, (), (held["x_train"], held["y_train"]), (None, None), "ab"))
+    if rng.random() < 0.1:
+        held[rng.choice(list(held))] = anything(rng)
+    for key, choice in ASKED.items():
+        if rng.random() < 0.3:
+            held[key] = rng.choice(choice)
+    return lambda: from_arrays("fuzz", **held), "" if any(isinstance(v, str) for v in held.values()) else "fuzz"
+
+
+@attack("converter")
+def good_arrays(rng, folder):
+    "What ought to come through, told how: any range, order and labels."
+    whole = arrays()
+    low, high = rng.choice(((0, 1), (-1, 1), (0, 16), (0, 65535), (5, 7.5)))
+    for key in ("x_train", "x_test"):
+        whole[key] = low + whole[key] / 255 * (high - low)
+        whole[key] = np.moveaxis(whole[key], 1, 3) if rng.random() < 0.5 else whole[key]
+    names = rng.choice((list("abc"), [7, 9, 30], [False, True, 2]))
+    for key in ("y_train", "y_test"):
+        whole[key] = [names[k] for k in whole[key]]
+    return lambda: from_arrays("fuzz", **whole, pixel_range=(low, high)), "fuzz"
+
+
+class Strange:
+    "A data set that lies."
+
+    def __init__(self, count, items):
+        self.count, self.items = count, items
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return self.items[i % len(self.items)]
+
+
+@attack("converter")
+def odd_datasets(rng, folder):
+    from PIL import Image
+
+    mode = rng.choice(("L", "RGB", "RGBA", "1", "P", "LA", "CMYK", "I", "F", "I;16"))
+    images = (
+        Image.new(mode, (4, 5)),
+        Image.new("L", (4, 5), 200),
+        np.full((4, 5), 200, np.uint8),
+        torch.rand(1, 4, 5),
+        torch.rand(1, 4, 5).to(torch.bfloat16),
+        torch.zeros(3, 4, 5, requires_grad=True),
+        None,
+        "text",
+        anything(rng),
+        np.array({}),
+        [[1, 2], [3]],
+    )
+    labels = (0, 1, 7, "cat", b"dog", None, 1.0, 1.5, torch.tensor(1), np.int64(2), [0, 1], {}, anything(rng), True)
+    some, few = rng.choices(images, k=rng.choice((1, 1, 1, 2))), rng.choices(labels, k=rng.choice((1, 2, 3)))
+    if rng.random() < 0.5:
+        some, few = images[1:3], rng.choice((["cat", "dog"], [0, 1], [3, 4, 9]))
+    pairs = [(rng.choice(some), few[i % len(few)]) for i in range(rng.choice((1, 3, 6)))]
+    form = rng.choice(("pairs", "pairs", "columns", "odd columns", "alone", "text", "number"))
+    items = {
+        "columns": [dict(image=x, label=y) for x, y in pairs],
+        "odd columns": [{"\x1b[2J": x, "y\n": y} for x, y in pairs],
+        "alone": [x for x, _ in pairs],
+        "text": "abc",
+        "number": [7],
+    }.get(form, pairs)
+    train = rng.choice((items, Strange(rng.choice((0, 1, 12, 12, 10**4)), items), dict(train=items, test=items)))
+    train = rng.choice(
+        (train, train, train, iter(items), torch.utils.data.DataLoader(Strange(6, items)), anything(rng))
+    )
+    keep = folder / "kept.npz" if rng.random() < 0.3 else None
+    return lambda: from_dataset(train, rng.choice((None, items)), name="fuzz", progress=False, keep=keep), ""
+
+
+def idx(array, code=8):
+    sizes = b"".join(struct.pack(">I", size) for size in array.shape)
+    return bytes([0, 0, code, array.ndim]) + sizes + array.tobytes()
+
+
+def mat(compressed):
+    from scipy.io import savemat
+
+    savemat(out := io.BytesIO(), arrays() | {"note": "text"}, do_compression=compressed)
+    return out.getvalue()
+
+
+def as_file(rng, folder, name, data):
+    (folder / name).write_bytes(data)
+    path, y = folder / name, arrays()["y_train"]
+    return lambda: from_arrays("fuzz", path, y, source=str(path), pixel_range=(0, 255)), name
+
+
+@attack("converter")
+def npy_files(rng, folder):
+    good = npy(arrays()["x_train"])
+    texts = ("|u1", "<i8", "|O", "<U1", "|V0"), SHAPES
+    made = rng.choice(
+        (flipped(rng, good), spliced(rng, good), good, described(*map(rng.choice, texts), bytes(360)), foreign(rng))
+    )
+    return as_file(rng, folder, "x.npy", made)
+
+
+@attack("converter")
+def idx_files(rng, folder):
+    good = idx(arrays()["x_train"][:, 0])
+    lies = (
+        good[:4] + b"".join(struct.pack(">I", rng.choice((0, 1, 12, 2**31, 2**32 - 1))) for _ in range(3)) + good[16:]
+    )
+    deep = bytes([0, 0, 8, 255]) + struct.pack(">I", 2) * 255 + bytes(100)
+    made = rng.choice(
+        (good, good, flipped(rng, good), spliced(rng, good), lies, deep, good[: rng.randrange(len(good))])
+    )
+    if rng.random() < 0.5:
+        packed_up = gzip.compress(rng.choice((made, made, good + bytes(10**7))))
+        return as_file(rng, folder, "x-ubyte.gz", rng.choice((packed_up, packed_up, flipped(rng, packed_up))))
+    return as_file(rng, folder, "x-ubyte", made)
+
+
+@attack("converter")
+def mat_files(rng, folder):
+    good = mat(rng.random() < 0.5)
+    made = rng.choice(
+        (
+            good,
+            flipped(rng, good),
+            flipped(rng, good, 128),
+            spliced(rng, good),
+            good[: rng.randrange(len(good))],
+            foreign(rng),
+        )
+    )
+    (folder / "x.mat").write_bytes(made)
+    return lambda: load(folder / "x.mat"), "x.mat"
+
+
+@attack("converter")
+def odd_names(rng, folder):
+    "Arrays under other names, and what a file may say of itself."
+    words = dict(x_train="train_images", y_train="train_labels", x_test="test_images", y_test="test_labels")
+    held = {rng.choice((key, key.upper(), words[key])): value for key, value in arrays().items()}
+    said = dict(pixel_range=[0, 255], channels="first", class_names=list("abc"), split="last")
+    for key in rng.sample(list(said), rng.choice((0, 1, 2))):
+        odd = (said[key], said[key], rng.choice(ASKED[key]), "text", 7, np.nan, [], [[1]], "x" * 5000, [1e300, 2])
+        with contextlib.suppress(ValueError):
+            value = np.array(rng.choice(odd))
+            held[key] = value if value.dtype.kind != "O" else value.astype(str)
+    if rng.random() < 0.2:
+        held |= dict(x_val=arrays()["x_test"], val_labels=odd_labels(rng, 6))
+        held = {key: np.asarray(value) for key, value in held.items() if not isinstance(value, (dict, list))}
+    held = {key: value for key, value in held.items() if getattr(value, "dtype", np.dtype("O")).kind != "O"}
+    np.savez(folder / "named.npz", **held)
+    return lambda: load(folder / "named.npz"), "named.npz"
+
+
+def convert(rng, folder, given):
+    "Whether images came out of it."
+    call, said = given
+    with guarded(folder) as told:
+        made = judged(call, named=said)
+        if isinstance(made, Images):
+            judged(lambda: save_npz(made, folder / "again.npz"))
+            again = judged(lambda: load(folder / "again.npz"))
+            if again is None or not all(torch.equal(getattr(again, key), getattr(made, key)) for key in KEYS):
+                raise Broken(f"written and read again, {made!r} is another")
+        for path in list(folder.glob("x.*")):
+            judged(lambda path=path: read_arrays(path), naming(path))
+    if made is not None:
+        sound(made, floats=True)
+    return made is not None, told
 
 
 # Checkpoints: `attack(rng, folder, whole)` gives bytes, or a path, from the bytes of a good one
@@ -2151,6 +2425,7 @@ def one(kind, family, number, seed, folder):
         "model": read_model,
         "rows": read_rows,
         "recipe": call_recipe,
+        "converter": convert,
     }[kind]
     loaded, told = read(rng, folder, (name, given) if kind == "checkpoint" else given)
     if (folder / "canary").exists() or Path("canary").exists():
