@@ -259,7 +259,7 @@ def from_dataset(
     channels = channels or (read["train"][2] if read["train"][0].ndim == 4 else None)
     pair, test, val = (read[part][:2] if part in read else None for part in ("train", "test", "val"))
     images = from_arrays(
-        name, *pair, *(test or (None, None)), validation=val, pixel_range=pixel_range, channels=channels,
+        name, *pair, *([None, None] if test is None else test), validation=val, pixel_range=pixel_range, channels=channels,
         class_names=class_names, split=split
     )  # fmt: skip
     if keep is not None:
