@@ -257,11 +257,20 @@ def from_dataset(
             [one for one in names[0] if one in set(y["train"].tolist())] if y["train"].dtype.kind == "U" else None
         )
     channels = channels or (read["train"][2] if read["train"][0].ndim == 4 else None)
-    pair, test, val = (read[part][:2] if part in read else None for part in ("train", "test", "val"))
+    given = {part: found[:2] for part, found in read.items()}
+    (x_train, y_train), (x_test, y_test) = given["train"], given.get("test", (None, None))
     images = from_arrays(
-        name, *pair, *([None, None] if test is None else test), validation=val, pixel_range=pixel_range, channels=channels,
-        class_names=class_names, split=split
-    )  # fmt: skip
+        name,
+        x_train,
+        y_train,
+        x_test,
+        y_test,
+        validation=given.get("val"),
+        pixel_range=pixel_range,
+        channels=channels,
+        class_names=class_names,
+        split=split,
+    )
     if keep is not None:
         save_npz(images, keep)
     return images

@@ -658,16 +658,16 @@ def test_what_is_given_instead_of_images_or_a_strategy(digits):
             with pytest.raises(ValueError, match=said):
                 call(given)
     for strategy, said in (
-        ("label_embedding", r"the name 'label_embedding'; expected a strategy, as STRATEGIES\[name\]\(num_classes="),
+        ("label_embedding", r"is a name; pass STRATEGIES\['label_embedding'\]\(num_classes\)"),
         ("label_embeding", "did you mean 'label_embedding'"),
-        (LABELS, "strategy is the class LabelEmbeddingStrategy"),
-        (7, "strategy is a int"),
+        (LABELS, "strategy=LabelEmbeddingStrategy is a class; make one of it"),
+        (7, "strategy=7: expected a Strategy"),
     ):
         with pytest.raises(ValueError, match=said):
             train(network, digits, strategy, **CPU)
         with pytest.raises(ValueError, match=said):
             train_backprop(network, digits, strategy=strategy, **CPU)
-    with pytest.raises(ValueError, match="network is a Linear; expected a Network"):
+    with pytest.raises(ValueError, match="expected a Network"):
         train(torch.nn.Linear(64, 10), digits, LABELS(10), **CPU)
 
 
