@@ -349,6 +349,13 @@ def test_a_network_that_would_blow_images_up_is_refused(tmp_path, images):
         load_network(path)
 
 
+def test_classes_that_are_no_modules_are_never_called(model):
+    "A caller may pass all that a file of his defines; a model file cannot choose what of it is run."
+    resealed(model, lambda held: told(held).update({"class": "Path", "arguments": {}}))
+    with pytest.raises(ValueError, match="classes of your own: Path"):
+        load_network(model, layers=[Path])
+
+
 def test_files_that_are_no_models(tmp_path, images):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_network(tmp_path / "none")
