@@ -9,6 +9,7 @@ __all__ = ['own_error', 'EarlyStopping']
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def own_error(
     By labels where its training contrasted them, by the layers' own class scores (their sum), by the head that
     backpropagation trained; else by a ridge probe of all layers but the first, fitted to at most `most` training images.
     """
-    where = dict(precision=precision, device=device)
+    where: dict[str, Any] = dict(precision=precision, device=device)
     strategy = getattr(network, "strategy", None)
     if strategy is None and hasattr(network, "head"):
         return head_error(network, images, **where)
@@ -52,7 +53,8 @@ class EarlyStopping:
         if patience < 1 or every < 1:
             raise ValueError(f"patience={patience}, every={every}: expected at least 1")
         self.patience, self.every, self.read, self.images = patience, every, read, images
-        self.errors, self.weights = {}, {}
+        self.errors: dict[int, float] = {}
+        self.weights: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, network, images):
         self.errors, self.weights, self.held = {}, {}, self.images
