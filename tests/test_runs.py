@@ -480,7 +480,7 @@ def test_ray_sends_what_is_missing_and_keeps_what_comes_back(tmp_path, monkeypat
     run_and_keep("pixels-digits", 1, folder=tmp_path, **QUIET)
     done = list(run_many(["pixels-digits"], range(3), engine="ray", folder=tmp_path, device="cpu", precision="fp32"))
     assert [(name, seed) for name, seed, _ in done] == [("pixels-digits", 2), ("pixels-digits", 0)]
-    assert [seed for _, seed in sent] == [0, 2] and len(read_rows(tmp_path / "pixels-digits.jsonl")) == 3
+    assert [seed for _, _, seed, _ in sent] == [0, 2] and len(read_rows(tmp_path / "pixels-digits.jsonl")) == 3
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
