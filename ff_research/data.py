@@ -11,7 +11,7 @@ __all__ = ['KEYS', 'DATA_SETS', 'VALIDATION', 'Images', 'as_float', 'from_arrays
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -254,18 +254,21 @@ def from_dataset(
     read = {part: arrays_of(dataset, f"{name}, {part}", columns, progress) for part, dataset in parts.items()}
     names = [found[3] for found in read.values()]
     if class_names is None and names[0] is not None and all(names):
-        y = {part: named(found[1], found[3]) for part, found in read.items()}
-        read = {part: (found[0], y[part], *found[2:]) for part, found in read.items()}
-        class_names = (
-            [one for one in names[0] if one in set(y["train"].tolist())] if y["train"].dtype.kind == "U" else None
-        )
+        labels = {part: named(found[1], found[3]) for part, found in read.items()}
+        read = {part: (found[0], labels[part], *found[2:]) for part, found in read.items()}
+        used = set(labels["train"].tolist()) if labels["train"].ndim == 1 else set()
+        class_names = [one for one in names[0] if one in used] or None
     channels = channels or (read["train"][2] if read["train"][0].ndim == 4 else None)
-    (x, y), test = (read[part][:2] if part in read else (None, None) for part in ("train", "test"))
-    given = read["val"][:2] if "val" in read else None
+    more = dict(zip(("x_test", "y_test"), read.get("test", ())), validation=read["val"][:2] if "val" in read else None)
     images = from_arrays(
-        name, x, y, *test, validation=given, pixel_range=pixel_range, channels=channels, class_names=class_names,
-        split=split
-    )  # fmt: skip
+        name,
+        *read["train"][:2],
+        **more,
+        pixel_range=pixel_range,
+        channels=channels,
+        class_names=class_names,
+        split=split,
+    )
     if keep is not None:
         save_npz(images, keep)
     return images
