@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'in_order', 'judged_range', 'as_bytes', 'as_pixels', 'one_label_each',
-           'as_classes', 'arrays_of', 'named']
+           'as_classes', 'arrays_of', 'parts_of_datasets', 'named']
 
 # %% ../nbs/914_converters.ipynb #94c715c2
 import math
@@ -363,6 +363,16 @@ def arrays_of(dataset, source, columns=None, progress=True):
         labels.append(_label(label, i, source))
     known = "first" if hasattr(image, "getbands") else None
     return x, as_array(labels, "the labels", source), known, _names_of(dataset, columns)
+
+# %% ../nbs/914_converters.ipynb #98177307
+def parts_of_datasets(train, test, validation):
+    "The data sets by the names of their parts; those of a dictionary under its usual keys."
+    if isinstance(train, Mapping) and "train" in train:
+        test = train.get("test") if test is None else test
+        validation = train.get("validation", train.get("valid")) if validation is None else validation
+        train = train["train"]
+    more = dict(test=test, val=validation)
+    return dict(train=train) | {part: dataset for part, dataset in more.items() if dataset is not None}
 
 # %% ../nbs/914_converters.ipynb #66e1f64c
 def _room(count, like, source):

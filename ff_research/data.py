@@ -11,7 +11,7 @@ __all__ = ['KEYS', 'DATA_SETS', 'VALIDATION', 'Images', 'as_float', 'from_arrays
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .checks import nearest, replacing, shown
-from .converters import arrays_of, as_classes, as_pixels, named, one_label_each
+from .converters import arrays_of, as_classes, as_pixels, named, one_label_each, parts_of_datasets
 from .files import SAID, SINGLE, as_array, parts_of, read_named, refuse_dataset
 from .splits import check_split, lacks_classes, say_stratified, stratified
 
@@ -137,9 +137,9 @@ def from_arrays(
 
 # %% ../nbs/101_data.ipynb #d6f9633c
 def _pair_of(validation, source):
-    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
-        raise ValueError(f"{source}: validation is a {type(validation).__name__}; expected (images, labels)")
-    return validation
+    if isinstance(validation, (tuple, list)) and len(validation) == 2:
+        return validation
+    raise ValueError(f"{source}: validation is a {type(validation).__name__}; expected (images, labels)")
 
 
 def _count(labels):
@@ -203,6 +203,12 @@ def _said(key, value, where):
     return value
 
 # %% ../nbs/101_data.ipynb #02814893
+def _npz_path(path):
+    if not str(path).endswith(".npz"):
+        raise ValueError(f"{shown(path)}: expected a path that ends in .npz")
+    return Path(os.path.expanduser(path))
+
+# %% ../nbs/101_data.ipynb #c412ec40
 def load_npz(path, **options):
     "`Images` from an .npz file, as `from_file` reads it; options as in `from_arrays`."
     return from_file(path, **options)
@@ -211,11 +217,11 @@ def load_npz(path, **options):
 def save_npz(images, path):
     """Write images as an .npz that `load` gives back: same tensors, class names and validation part.
 
-    The file appears whole or not at all. Raises OSError where it cannot be written.
+    The file appears whole or not at all. Raises ValueError for another suffix, OSError where it cannot be written.
     """
+    path = _npz_path(path)
     given = len(images.y_train) - images.validation
-    arrays = dict(x_train=images.x_train[:given], y_train=images.y_train[:given])
-    arrays |= dict(x_test=images.x_test, y_test=images.y_test)
+    arrays = {key: getattr(images, key)[: given if key.endswith("train") else None] for key in KEYS}
     said = dict(class_names=np.array(images.class_names or range(images.num_classes)), channels="first")
     said |= {} if images.split is None else dict(split=images.split)
     if images.validation:
@@ -246,16 +252,15 @@ def from_dataset(
     dictionary, None finds the usual ones. keep: a path, where an .npz is written for `load`. Other arguments as in
     `from_arrays`. Raises ValueError for items that are no pairs, images that differ in shape, and as `from_arrays`.
     """
-    parts = _parts_of_dataset(train, test, validation)
+    parts, keep = parts_of_datasets(train, test, validation), keep and _npz_path(keep)
     name = name or type(parts["train"]).__name__
     read = {part: arrays_of(dataset, f"{name}, {part}", columns, progress) for part, dataset in parts.items()}
     names = [found[3] for found in read.values()]
     if class_names is None and names[0] is not None and all(names):
-        y = {part: named(found[1], found[3]) for part, found in read.items()}
-        read = {part: (found[0], y[part], *found[2:]) for part, found in read.items()}
-        class_names = (
-            [one for one in names[0] if one in set(y["train"].tolist())] if y["train"].dtype.kind == "U" else None
-        )
+        labels = {part: named(found[1], found[3]) for part, found in read.items()}
+        read = {part: (found[0], labels[part], *found[2:]) for part, found in read.items()}
+        used = set(labels["train"].tolist()) if labels["train"].ndim == 1 else set()
+        class_names = [one for one in names[0] if one in used] or None
     channels = channels or (read["train"][2] if read["train"][0].ndim == 4 else None)
     given = {part: found[:2] for part, found in read.items()}
     (x_train, y_train), (x_test, y_test) = given["train"], given.get("test", (None, None))
@@ -282,16 +287,6 @@ def check_images_are(images):
         refuse_dataset(images, "images")
         what = f"the text {shown(images, 60)!r}" if isinstance(images, str) else f"a {type(images).__name__}"
         raise ValueError(f"images is {what}; expected Images, as load, from_arrays and from_dataset give them")
-
-
-def _parts_of_dataset(train, test, validation):
-    "The data sets by the names of their parts; those of a dictionary under its usual keys."
-    if isinstance(train, Mapping) and "train" in train:
-        test = train.get("test") if test is None else test
-        validation = train.get("validation", train.get("valid")) if validation is None else validation
-        train = train["train"]
-    more = dict(test=test, val=validation)
-    return dict(train=train) | {part: dataset for part, dataset in more.items() if dataset is not None}
 
 # %% ../nbs/101_data.ipynb #c4e48a9a
 def data_root(root=None):

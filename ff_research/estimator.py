@@ -83,7 +83,7 @@ class FFClassifier(ClassifierMixin, BaseEstimator):
             precision="fp32",
             device=self.device,
             progress=False,
-        )
+        ).whole()
         self.network_.class_names = self.classes_.tolist()
         return self
 

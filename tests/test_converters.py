@@ -523,6 +523,8 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read():
 def test_a_conversion_can_be_kept(tmp_path):
     path = tmp_path / "new" / "kept.npz"
     test = pairs(TEST, Y_TEST)
+    with pytest.raises(ValueError, match="kept: expected a path that ends in .npz"):
+        from_dataset(None, keep="kept")  # said before anything is read
     images = from_dataset([(x, "abc"[y]) for x, y in pairs()], [(x, "abc"[y]) for x, y in test], keep=path)
     again = load(path)
     assert checksum(again) == checksum(images) and again.class_names == ("a", "b", "c") and again.name == "kept"
