@@ -302,20 +302,20 @@ def check_kinds(network, strategy, objective=None, needed=True):
 
     needed: whether there must be a strategy.
     """
-    if not isinstance(network, Network):
+    if not hasattr(network, "layers"):  # what has the parts will do, whatever its class: chapters define their own
         raise ValueError(f"network={shown(repr(network), 60)}: expected a Network, such as Network([784, 500, 500])")
     if isinstance(strategy, str):
         one_of(strategy, STRATEGIES, "strategy")
         raise ValueError(f"strategy={strategy!r} is a name; pass STRATEGIES[{strategy!r}](num_classes)")
     if isinstance(strategy, type):
         raise ValueError(f"strategy={strategy.__name__} is a class; make one of it, {strategy.__name__}(num_classes)")
-    if not isinstance(strategy, Strategy) and (needed or strategy is not None):
+    if not hasattr(strategy, "streams") and (needed or strategy is not None):
         raise ValueError(
             f"strategy={shown(repr(strategy), 60)}: expected a Strategy; a class of your own derives from "
             "ff_research.Strategy and defines create_positive(x, y) and generate(x, y)"
         )
     for one in objective if isinstance(objective, (list, tuple, nn.ModuleList)) else [objective]:
-        if not (one is None or isinstance(one, Objective)):
+        if not (one is None or hasattr(one, "local_loss")):
             name = getattr(one, "__name__", None)
             more = f"; call it, {name}()" if name else "; hinton() or symba(), for instance"
             raise ValueError(f"objective={name or shown(repr(one), 60)}: expected an Objective{more}")

@@ -346,7 +346,7 @@ def test_help_does_not_wait_for_torch():
 def test_data(shell, folder):
     assert shell("data")[1].split() == ["digits", "mnist", "fashion_mnist", "cifar10"]
     assert "1437 training and 360 test images of 1 x 8 x 8, 10 classes" in shell("data", "digits")[1]
-    x, y = np.zeros((4, 5, 6), np.uint8), np.array([0, 1, 0, 1])
+    x, y = (2 * np.arange(120)).astype(np.uint8).reshape(4, 5, 6), np.array([0, 1, 0, 1])
     np.savez(folder / "mine.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
     assert shell("data", "mine.npz")[1] == "mine: 4 training and 2 test images of 1 x 5 x 6, 2 classes\n"
 
