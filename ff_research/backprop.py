@@ -42,7 +42,10 @@ class EndToEnd:
         linear = all(isinstance(layer, FFLinear) for layer in network.layers)
         # modules of the user's own keep float32 weights and statistics, and run under autocast
         low = precision != "fp32"
-        self.twin = copy.deepcopy(network).to(PRECISIONS[precision]) if low and linear else network
+        self.twin = copy.deepcopy(network) if low and linear else network
+        if low and linear:  # weights only: a mean image that inputs are centred on stays in float32
+            for module in (self.twin.layers, *([self.twin.head] if self.headed else [])):
+                module.to(PRECISIONS[precision])
         self.precision, self.twin.precision = precision, precision
         self.master, self.copies = (
             [*n.layers.parameters(), *(n.head.parameters() if self.headed else ())] for n in (network, self.twin)

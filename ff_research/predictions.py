@@ -15,7 +15,7 @@ from torch import nn
 
 from .architecture import KNOWN
 from .checks import one_of, shown
-from .data import Images, as_float, validation_size
+from .data import Images, as_float, split_rows, validation_size
 from .network import Network, activities, reading, twin
 from .objectives import Objective
 from .readout import best_class, check_samples, class_scores, features, fit_probe, label_goodness, read_as
@@ -273,8 +273,9 @@ def fit_readout(
     """Fit a linear probe on the training images, attach it as `network.readout`, and return it; `save` keeps it.
 
     first: the lowest layer that it reads, 2 by default (1 of a network of one layer). neutral_label: as in
-    `readout.read_as`. fit: `fit_probe` or `fit_ridge`. Training the network further removes it. Raises ValueError for
-    a `first` that is no layer.
+    `readout.read_as`. fit: `fit_probe` or `fit_ridge`, whose strength is chosen on the held-out images (`split_rows`);
+    the probe is then fitted to all of them, but never to a validation part that was given. Training the network further
+    removes it. Raises ValueError for a `first` that is no layer.
     """
     check_samples(images.x_train, images.y_train)
     first = min(2, len(network.layers)) if first is None else first
@@ -283,14 +284,12 @@ def fit_readout(
     how = read_as(network, images, neutral_label)
     f = features(network, images.x_train, **how, precision=precision, device=device)
     f = torch.cat(f[first - 1 :], 1)
-    y, held = images.y_train.to(f.device), validation_size(images)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(f.device)
-    options = {}
-    if 0 < held < len(y):
-        rest, out = order[held:], order[:held]
+    y, kept, options = images.y_train.to(f.device), slice(None), {}
+    if 0 < validation_size(images) < len(y):
+        rest, out = split_rows(images)
         chosen = fit(f[rest], y[rest], images.num_classes, validation=(f[out], y[out]))
-        options = dict(l2=(chosen.l2,))
-    probe = fit(f, y, images.num_classes, **options)
+        kept, options = rest if images.validation else kept, dict(l2=(chosen.l2,))
+    probe = fit(f[kept], y[kept], images.num_classes, **options)
     network.remember(images)
     written = "strategy" if "strategy" in how else "plain" if how["num_classes"] is None else "neutral"
     own = ReadOut(f.shape[1], images.num_classes, first, written, probe.l2).to(f.device)

@@ -16,7 +16,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 import ff_research as ff
-from ff_research.data import centred
+from ff_research.data import centred, from_arrays
 from ff_research.layers import FFConv, FFLinear, Layer, Merge
 from ff_research.modelfiles import digest, load_network, save
 from ff_research.models import export_onnx, layer_images
@@ -24,7 +24,7 @@ from ff_research.network import Network
 from ff_research.objectives import ChannelCompetition, GoodnessObjective, hinton
 from ff_research.predictions import fit_readout, inputs_of, predict, reading_of, scores
 from ff_research.pretext import pretext
-from ff_research.readout import head_error, per_label_goodness, scores_errors
+from ff_research.readout import fit_probe, head_error, per_label_goodness, scores_errors
 from ff_research.strategies import STRATEGIES, LabelInFrontStrategy, PlainPositives
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -607,3 +607,20 @@ def test_plain_subclasses_of_the_packages_classes_are_ones_own(tmp_path, images)
         load_network(tmp_path / "m.safetensors")
     again = load_network(tmp_path / "m.safetensors", layers=[Mixed])
     assert torch.equal(scores(again, images.x_test, **WHERE), scores(network, images.x_test, **WHERE))
+
+
+def test_a_given_validation_part_chooses_the_probe_and_is_never_fitted(digits):
+    "Its labels are nonsense: a probe that was fitted to them would have other weights than one that never saw them."
+    x, y = digits.x_train[:900].numpy(), digits.y_train[:900].numpy()
+    test = digits.x_test[:50].numpy(), digits.y_test[:50].numpy()
+    network = Network([64, 40])
+    found = []
+    for wrong in (0, 5):
+        images = from_arrays("mine", x[:700], y[:700], *test, validation=(x[700:], (y[700:] + wrong) % 10))
+        found.append(
+            fit_readout(network, images, fit=lambda *a, **k: fit_probe(*a, **k | dict(l2=(1e-2,))), device="cpu")
+        )
+    assert torch.equal(found[0].weight, found[1].weight)
+    alone = from_arrays("alone", x[:700], y[:700], *test)
+    alone = fit_readout(network, alone, fit=lambda *a, **k: fit_probe(*a, **k | dict(l2=(1e-2,))), device="cpu")
+    torch.testing.assert_close(found[0].weight, alone.weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ff_research.backprop import EndToEnd
 from ff_research.data import centred, load
 from ff_research.labels import labelled, overlay
 from ff_research.layers import FFConv, FFLinear, Layer, Merge, normalise, prepare
@@ -181,3 +182,16 @@ def test_every_kind_of_strategy_trains_a_network_that_centres(name, digits, tmp_
     train(again, few, STRATEGIES[name](10), checkpoint=tmp_path / "a", **quiet)  # all there: loaded, mean image too
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values()))
     assert torch.equal(again.center, network.center) and linear_probe(network, few)["test"]["layer_1"] < 60
+
+
+def test_backpropagation_in_bf16_centres_on_the_same_mean_image_as_forward_forward(digits):
+    network = Network([64, 30], inputs="centred")
+    network.see(digits)
+    network.head = nn.Linear(30, 10)
+    learner = EndToEnd(network, "sgd", 0.01, 0.0, "bf16")
+    assert torch.equal(learner.twin.center, network.center) and learner.twin.center.dtype == torch.float32
+    assert {p.dtype for p in learner.copies} == {torch.bfloat16} and {p.dtype for p in learner.master} == {
+        torch.float32
+    }
+    low = twin(network, "bf16", "cpu")
+    assert torch.equal(learner.twin.prepare(digits.x_test), low.prepare(digits.x_test))
