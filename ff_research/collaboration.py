@@ -11,10 +11,16 @@ import math
 import torch
 
 from .data import hold_out, validation_size
-from .goodness import sum_of_squares
 from .network import Network
 from .objectives import hinton
-from .readout import best_class, goodness_under_labels, part_of, per_label_goodness, strategy_of
+from ff_research.readout import (
+    best_class,
+    goodness_under_labels,
+    part_of,
+    per_label_goodness,
+    strategy_of,
+    usual_goodness,
+)
 from .training import Diverged, gammas, train
 
 # %% ../nbs/301_collaboration.ipynb #dd88daa4
@@ -24,7 +30,7 @@ def layer_goodness(
     x,
     num_classes,
     *,
-    goodness=sum_of_squares,
+    goodness=None,
     strategy=None,
     precision="auto",
     device="auto",
@@ -32,14 +38,14 @@ def layer_goodness(
 ):
     """Goodness of every image under every label in each layer, `[layers, images, classes]`.
 
-    x: images `[images, …]`; goodness: from `[rows, units]` to `[rows]`; strategy: as in `label_goodness`, which is this
+    x: images `[images, …]`; goodness: from `[rows, units]` to `[rows]`, None: `usual_goodness`; strategy: as in `label_goodness`, which is this
     summed over layers.
     """
     found, out = [], []
     strategy = strategy_of(network, strategy)
 
     def see(height, h):
-        found.append(goodness(h.flatten(1)).view(num_classes, -1).T)
+        found.append((goodness or usual_goodness(h))(h.flatten(1)).view(num_classes, -1).T)
 
     for _ in goodness_under_labels(network, x, num_classes, see, strategy, precision, device, batch_size):
         out.append(torch.stack(found))

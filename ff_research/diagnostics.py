@@ -280,7 +280,7 @@ def _asked(network, strategy, x, y, generator):
 # %% ../nbs/203_why.ipynb #acca7f0d
 def _untrained(network, seed):
     "A network of the same shape as `seed` draws it, in float32 on the CPU; None where it cannot be drawn anew."
-    kept = {key: getattr(network, key) for key in ("inputs", "iterations", "learn_at", "read_at")}
+    kept = network.options()
     if all(isinstance(layer, FFLinear) and layer.reads == (-1,) for layer in network.layers):
         widths = [network.layers[0].inputs, *(layer.units for layer in network.layers)]
         return Network(widths, seed=seed, triangle=network.layers[0].triangle, **kept)

@@ -169,7 +169,7 @@ class FFConv(Layer):
     forward takes feature maps `[rows, inputs, height, width]` (several are joined along the channels) and gives the
     activity `[rows, channels, height, width]`. pool: side of the max-pooling windows, 0 for none. norm: None hands on
     each row divided by its root mean square; "batch" normalises the activity itself (BatchNorm), before its goodness is
-    read, and hands it on as it is; "channel" hands on each channel of each row with mean 0 and variance 1. groups: of
+    read, and hands it on as it is; "batch_first" does so between convolution and ReLU; "channel" hands on each channel of each row with mean 0 and variance 1. groups: of
     channels that see each other only. dropout: share of activities set to 0 while learning. Weights start as N(0, 2 /
     (inputs/groups * kernel^2)), biases at 0: an input of root mean square 1 gives an activity of about the same,
     whatever the depth.
@@ -190,8 +190,8 @@ class FFConv(Layer):
         generator=None,
     ):
         super().__init__()
-        if norm not in (None, "batch", "channel"):
-            raise ValueError(f"norm={norm!r}: expected None, 'batch' or 'channel'")
+        if norm not in (None, "batch", "batch_first", "channel"):
+            raise ValueError(f"norm={norm!r}: expected None, 'batch', 'batch_first' or 'channel'")
         if inputs % groups or channels % groups:
             raise ValueError(f"groups={groups} must divide the {inputs} input channels and the {channels} channels")
         self.inputs, self.channels, self.units, self.kernel, self.stride = inputs, channels, channels, kernel, stride
@@ -200,7 +200,7 @@ class FFConv(Layer):
         self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding=(kernel - 1) // 2, groups=groups)
         nn.init.normal_(self.conv.weight, std=math.sqrt(2 * groups / (inputs * kernel**2)), generator=generator)
         nn.init.zeros_(self.conv.bias)
-        self.batch_norm = nn.BatchNorm2d(channels) if norm == "batch" else None
+        self.batch_norm = nn.BatchNorm2d(channels) if norm in ("batch", "batch_first") else None
 
     def extra_repr(self):
         return f"pool={self.pool}, norm={self.norm}, dropout={self.dropout}, reads={self.reads}"
@@ -209,14 +209,15 @@ class FFConv(Layer):
         x = xs[0] if len(xs) == 1 else torch.cat([written_out(x) for x in xs], 1)
         if len(x.shape) != 4 or x.shape[1] != self.inputs:
             raise ValueError(f"FFConv takes [rows, {self.inputs}, height, width], but what it reads is {list(x.shape)}")
-        h = F.dropout(self.conv(x).relu(), self.dropout, self.training)
+        z = self.conv(x)
+        h = F.dropout((self.batch_norm(z) if self.norm == "batch_first" else z).relu(), self.dropout, self.training)
         if self.pool and min(h.shape[2:]) < self.pool:
             raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")
         h = F.max_pool2d(h, self.pool) if self.pool else h
-        return h if self.batch_norm is None else self.batch_norm(h)
+        return self.batch_norm(h) if self.norm == "batch" else h
 
     def hand_on(self, h):
-        if self.norm == "batch":
+        if self.batch_norm is not None:
             return h
         return F.instance_norm(h) if self.norm == "channel" else normalise(h)
 

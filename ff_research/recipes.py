@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'READINGS', 'Word', 'Words', 'Data', 'Widths', 'Epochs', 'Rates', 'Number', 'Batch',
-           'LayerNumber', 'Flag', 'Text', 'Options', 'Shots', 'Readings', 'SETTINGS', 'LATER', 'OWN', 'FILES',
+           'LayerNumber', 'Flag', 'Text', 'Options', 'Shots', 'Spans', 'Readings', 'SETTINGS', 'LATER', 'OWN', 'FILES',
            'RECIPES', 'brief', 'is_whole', 'Part', 'NetworkPart', 'StrategyPart', 'ObjectivePart', 'SchedulePart',
            'OptimizerPart', 'ReadoutPart', 'as_tuples', 'as_stages', 'Recipe', 'load_recipes', 'recipe']
 
@@ -22,9 +22,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 
+from . import convolution as convolution  # its networks and strategies are known by name then
 from .checks import nearest, one_of, shown
 from .entropy import entropic
-from .objectives import hinton, swish_symba, symba
+from .goodness import GOODNESSES
+from .network import NETWORKS
+from .objectives import REDUCTIONS, hinton, swish_symba, symba
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .pretext import PRETEXTS
 from .readout import fit_probe
@@ -70,6 +73,10 @@ def _are_widths(v):
 
 def _are_epochs(v):
     return is_whole(v, 0, 1_000_000) or _each(v, lambda n: is_whole(n, 0, 1_000_000))
+
+
+def _is_span(v):
+    return isinstance(v, tuple) and len(v) == 2 and all(is_whole(n, 0, 1_000_000) for n in v) and v[0] < v[1]
 
 
 def _are_pairs(v):
@@ -133,6 +140,10 @@ Shots = _kind(
     lambda v: isinstance(v, tuple) and len(v) <= 10 and all(is_whole(n, 1, 10_000) for n in v),
     "a list of whole numbers from 1 to 10,000",
 )
+Spans = _kind(
+    lambda v: isinstance(v, tuple) and len(v) <= 1000 and all(map(_is_span, v)),
+    "a list of [first, end], whole numbers with first < end, for each layer that learns",
+)
 Readings = _kind(
     lambda v: isinstance(v, tuple) and all(isinstance(name, str) and name in READINGS for name in v),
     f"a list of names from {', '.join(READINGS)}",
@@ -146,15 +157,27 @@ class Part(BaseModel):
 
 
 class NetworkPart(Part):
-    """`widths`: units of each layer. `full_gradient`: through inactive units too. `triangle`: what lies above the mean.
+    """`name`: a key of `NETWORKS`. `widths`: units or channels of each layer. `options`: pairs, of that network.
 
-    `inputs`: how the network scales what it reads: "normalised", "standardised" or "centred"; None: its default.
+    `full_gradient`: through inactive units too. `triangle`: what lies above the mean. `inputs`: how the network scales
+    what it reads: "normalised", "standardised" or "centred"; None: its default.
     """
 
+    name: _known(NETWORKS) = "mlp"
     widths: Widths = (1000, 1000, 1000)
     full_gradient: Flag = False
     triangle: Flag = False
     inputs: _known(("normalised", "standardised", "centred"), optional=True) = None
+    options: Options = ()
+
+    @model_validator(mode="after")
+    def options_are_known(self):
+        "Raise ValueError for an option that this network does not have, or whose value no row could hold."
+        takes = [key for key in list(inspect.signature(NETWORKS[self.name]).parameters)[3:] if key != "inputs"]
+        if self.name != "mlp" and (self.full_gradient or self.triangle):
+            raise ValueError(f"full_gradient and triangle are for fully connected layers, not for {self.name}")
+        _check_options(self, takes, lambda key, v: _is_plain(v), "a number, a text, true, false, or a list of them")
+        return self
 
 
 class StrategyPart(Part):
@@ -167,7 +190,7 @@ class StrategyPart(Part):
     def options_are_known(self):
         "Raise ValueError for an option that the strategy does not have, or whose value no row could hold."
         takes = list(inspect.signature(STRATEGIES[self.name]).parameters)[1:]  # without num_classes
-        _check_options(self, takes, _is_plain, "a number, a text, true, false, or a list of them")
+        _check_options(self, takes, lambda key, v: _is_plain(v), "a number, a text, true, false, or a list of them")
         return self
 
 
@@ -181,17 +204,22 @@ class ObjectivePart(Part):
     @model_validator(mode="after")
     def options_are_known(self):
         "Raise ValueError for an option that the objective does not have, or a value that is no number."
-        takes = inspect.signature(OBJECTIVES[self.name]).parameters if self.name else ()
-        takes = [key for key in takes if key != "goodness"]
-        _check_options(self, takes, lambda v: v == "units" or _from_0(v), "a finite number >= 0, or 'units'")
+        takes = list(inspect.signature(OBJECTIVES[self.name]).parameters) if self.name else []
+        named = {"goodness": tuple(GOODNESSES), "reduction": REDUCTIONS}
+        words = "a finite number >= 0, or 'units'; goodness: " + ", ".join(GOODNESSES)
+        _check_options(self, takes, lambda key, v: v in named.get(key, ("units",)) or _from_0(v), words)
         return self
 
 
 class SchedulePart(Part):
-    "`name`: who learns when. `epochs`: one number, or one a layer if greedy. `collaboration`: None, all or previous."
+    """`name`: who learns when. `epochs`: one number, or one a layer if greedy. `collaboration`: None, all or previous.
+
+    `spans`: [first, end] of each layer that learns, with "together": it learns in these epochs only (`schedules.spans`).
+    """
 
     name: _known(SCHEDULES) = "together"
     epochs: Epochs = 60
+    spans: Spans = ()
     collaboration: _known(COLLABORATIONS, optional=True) = None
 
 
@@ -232,14 +260,16 @@ def _check_options(part, takes, fits, words):
                 f"{part.name} has no option {shown(key, 40)!r}{f'; did you mean {near!r}?' if near else '.'} "
                 f"It has {', '.join(takes) or 'none'}"
             )
-        if not fits(value):
+        if not fits(key, value):
             raise ValueError(f"option {key} = {brief(value)}; expected {words}")
 
 # %% ../nbs/901_recipes.ipynb #fed83a63
 SETTINGS = {  # the name of a setting in a row's `config`, and where it stands in a recipe
     "data": ("data",),
     "method": ("method",),
+    "network": ("network", "name"),
     "widths": ("network", "widths"),
+    "network_options": ("network", "options"),
     "strategy": ("strategy", "name"),
     "strategy_options": ("strategy", "options"),
     "objective": ("objective", "name"),
@@ -251,6 +281,7 @@ SETTINGS = {  # the name of a setting in a row's `config`, and where it stands i
     "optimizer": ("optimizer", "name"),
     "batch_size": ("optimizer", "batch_size"),
     "schedule": ("schedule", "name"),
+    "spans": ("schedule", "spans"),
     "peer": ("objective", "peer"),
     "full_gradient": ("network", "full_gradient"),
     "triangle": ("network", "triangle"),
@@ -267,6 +298,9 @@ SETTINGS = {  # the name of a setting in a row's `config`, and where it stands i
 }
 # Settings that are younger than the first published rows: a config holds them only where they are used.
 LATER = dict(
+    network="mlp",
+    network_options=(),
+    spans=(),
     strategy_options=(),
     triangle=False,
     inputs=None,
@@ -401,6 +435,11 @@ def _check_together(r):
             f"schedule.epochs = {brief(epochs)}; epochs for each layer need method = 'ff', "
             f"schedule.name = 'greedy' and {count} of them"
         )
+    if r.schedule.spans and (greedy or r.method != "ff" or max(end for _, end in r.schedule.spans) > epochs):
+        raise ValueError(
+            f"schedule.spans = {brief(r.schedule.spans)}; spans need method = 'ff', schedule.name = 'together' and end "
+            f"within the {epochs} epochs"
+        )
     if r.network.full_gradient and r.method in ("backprop", "pairwise"):
         raise ValueError(
             f"network.full_gradient = True is for one layer's own loss; "
@@ -468,7 +507,7 @@ def _merged(parent, own):
 def _as_table(recipe):
     "A recipe's settings in the form of a file, for others to start from."
     table = {key: dict(value) if isinstance(value, Part) else value for key, value in recipe if key not in OWN}
-    for part in ("strategy", "objective"):
+    for part in ("network", "strategy", "objective"):
         table[part] |= dict(table[part].pop("options"))
     return table
 
@@ -479,8 +518,8 @@ def _from_table(name, table):
         fields = as_tuples(table) | {"name": name}
     except ValueError as error:
         raise ValueError(f"recipe {brief(name)}: {error}") from None
-    for part, kind in (("strategy", StrategyPart), ("objective", ObjectivePart)):
-        if isinstance(fields.get(part), dict):
+    for part, kind in (("network", NetworkPart), ("strategy", StrategyPart), ("objective", ObjectivePart)):
+        if isinstance(fields.get(part), dict) and (part != "network" or fields[part].get("name", "mlp") != "mlp"):
             known = kind.model_fields.keys() - {"options"}
             options = tuple((key, v) for key, v in fields[part].items() if key not in known)
             fields[part] = {key: v for key, v in fields[part].items() if key in known} | {"options": options}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commit', 'processor', 'origin', 'check_seed', 'rounded', 'images_of', 'strategy_of', 'contrasts_labels',
-           'objective_of', 'network_of', 'first_read', 'fit', 'fingerprint', 'goodness_of', 'errors_of', 'is_kept',
-           'trained', 'run', 'rows_of', 'is_there', 'weights_path', 'run_and_keep', 'run_many']
+           'objective_of', 'network_of', 'first_read', 'fit', 'fingerprint', 'goodness_of', 'neutral_of', 'errors_of',
+           'is_kept', 'trained', 'run', 'rows_of', 'is_there', 'weights_path', 'run_and_keep', 'run_many']
 
 # %% ../nbs/902_runs.ipynb #12d4c29d
 import functools
@@ -35,13 +35,23 @@ from .backprop import train_backprop
 from .checks import best_device, best_precision, execute, replacing
 from .data import DATA_SETS, as_float, centred, checksum, hold_out, load, validation_size
 from .entropy import log_goodness
-from .goodness import sum_of_squares
-from .network import Network
+from .goodness import GOODNESSES
+from .network import NETWORKS
+from .objectives import Objective
 from .pretext import PRETEXTS, pretext
-from .readout import fit_probe, fit_ridge, head_error, linear_probe, missed_by_label, probe_errors
+from ff_research.readout import (
+    fit_probe,
+    fit_ridge,
+    head_error,
+    linear_probe,
+    missed_by_label,
+    probe_errors,
+    scores_errors,
+)
 from .recipes import OBJECTIVES, READINGS, Recipe, brief, is_whole
 from .recipes import recipe as named
 from .results import append_row, read_rows, results_folder, same_run
+from .schedules import spans
 from .statistics import pack
 from .strategies import STRATEGIES
 from .training import NUMERICS, train
@@ -128,14 +138,21 @@ def contrasts_labels(recipe):
 
 def objective_of(recipe):
     "The local objective of a recipe; None for the strategy's own."
-    return OBJECTIVES[recipe.objective.name](**dict(recipe.objective.options)) if recipe.objective.name else None
+    if recipe.objective.name is None:
+        return None
+    options = dict(recipe.objective.options)
+    if "goodness" in options:
+        options["goodness"] = GOODNESSES[options["goodness"]]
+    return OBJECTIVES[recipe.objective.name](**options)
 
 
 def network_of(recipe, images, seed=0):
     "A recipe's network as it is before training."
-    part, widths = recipe.network, [images.num_pixels, *recipe.network.widths]
-    options = dict(full_gradient=part.full_gradient, triangle=part.triangle, inputs=part.inputs)
-    return Network(widths, seed=seed, **options)
+    part = recipe.network
+    options = dict(part.options) | ({} if part.inputs is None else {"inputs": part.inputs})
+    if part.name == "mlp":
+        options |= dict(full_gradient=part.full_gradient, triangle=part.triangle)
+    return NETWORKS[part.name](tuple(images.shape), part.widths, seed=seed, **options)
 
 
 def first_read(recipe):
@@ -165,7 +182,8 @@ def fit(recipe, network, images, seed, **options):
     shared |= dict(strategy=strategy_of(recipe, images.num_classes), objective=objective_of(recipe))
     if recipe.method == "pairwise":
         return train_backprop(network, images, first=first_read(recipe), **shared).whole()
-    shared |= dict(schedule=schedule.name, collaboration=schedule.collaboration, peer=recipe.objective.peer)
+    when = spans(*schedule.spans) if schedule.spans else schedule.name
+    shared |= dict(schedule=when, collaboration=schedule.collaboration, peer=recipe.objective.peer)
     return train(network, images, **shared).whole()
 
 
@@ -189,8 +207,7 @@ def _probed(recipe, network, images, refit=False, missed=None, **where):
         pixels = ([as_float(x).flatten(1)] for x in (images.x_train, images.x_test))
         found = probe_errors(*pixels, images, fit, refit=refit, missed=missed)
         return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
-    neutral = recipe.method != "backprop" and STRATEGIES[recipe.strategy.name].contrasts_labels
-    options = dict(neutral_label=neutral, joined=recipe.readout.joined, refit=refit, **where)
+    options = dict(neutral_label=neutral_of(recipe, network), joined=recipe.readout.joined, refit=refit, **where)
     probes = {kind: dict(fit=fit)} | {name: READINGS[name] for name in recipe.readout.readings}
     options["missed"], found = missed, {}
     for name, how in probes.items():
@@ -200,8 +217,22 @@ def _probed(recipe, network, images, refit=False, missed=None, **where):
 
 
 def goodness_of(recipe):
-    "The goodness by which labels are read: its logarithm where the objective has no scale (@sec-entropy)."
-    return log_goodness if recipe.objective.name == "entropic" else sum_of_squares
+    "The goodness by which labels are read, None: the usual; its logarithm where the objective has no scale (@sec-entropy)."
+    return log_goodness if recipe.objective.name == "entropic" else None
+
+
+def neutral_of(recipe, network):
+    "How a probe's images are read, as in `read_as`: plain, under the neutral label, or as the strategy writes them."
+    if recipe.method == "backprop" or not STRATEGIES[recipe.strategy.name].contrasts_labels:
+        return False
+    own = network.strategy
+    return None if own is not None and not own.label_pixels else True
+
+
+def _by_scores(network, images, **where):
+    "Errors by the layers' own class scores, or nothing where no objective has any."
+    scored = [own for own in network.objectives if type(own).scores is not Objective.scores]
+    return {"scores": scores_errors(network, images, **where)} if scored else {}
 
 
 def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=None, **where):
@@ -225,6 +256,8 @@ def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=
                 wrong["labels"] = missed
         if recipe.method == "backprop":
             errors[part]["head"] = head_error(network, sets[part], **where)
+        if recipe.method == "ff":
+            errors[part] |= _by_scores(network, sets[part], **where)
     if not probe and errors[parts[0]]:
         return errors
     missed = {}
@@ -234,7 +267,8 @@ def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=
     if test and wrong is not None:
         wrong["probe"] = list(missed.values())[-1]
     if test and recipe.readout.shots and network is not None:
-        how = dict(neutral_label=images.num_classes if contrasts_labels(recipe) else False, **where)
+        neutral = neutral_of(recipe, network)
+        how = dict(neutral_label=neutral and images.num_classes if contrasts_labels(recipe) else False, **where)
         few = low_shot_errors(network, images, recipe.readout.shots, **how)
         errors["test"]["low_shot"] = {str(k): round(error, 4) for k, error in few.items()}
     return errors

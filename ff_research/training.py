@@ -425,8 +425,7 @@ def _unlike_default(**options):
 def as_read(network, learners, precision):
     "The network as strategies and frozen layers read it: with the low-precision copies that the learners keep."
     layers = [learners[i].twin if i in learners else layer for i, layer in enumerate(network.layers, start=1)]
-    kept = ("inputs", "iterations", "learn_at", "read_at")
-    asked = Network(layers, **{key: getattr(network, key) for key in kept})
+    asked = Network(layers, **network.options())
     asked.precision, asked.objectives = precision, network.objectives
     asked.center, asked.energy = network.center, network.energy
     return asked

@@ -91,7 +91,8 @@ def _matrices(network, target, shape, neutral_label, precision, device):
 
     def read(x):
         if network is not None:
-            return features(network, x, classes, precision=precision, device=device)
+            own = dict(strategy=network.strategy) if neutral_label is None else dict(num_classes=classes)
+            return features(network, x, **own, precision=precision, device=device)
         return [as_float(x.to(where) if classes is None else neutral(x.to(where), classes)).flatten(1)]
 
     train, test = read(target.x_train), read(target.x_test)
@@ -141,7 +142,8 @@ def transfer_errors(network, target, *, neutral_label, layers=None, shape=None, 
     """Errors in % of a ridge probe on a network's frozen activities for another data set.
 
     Of each layer, and of layers 2…L together.
-    network: trained in any way, or None for raw pixels; target: `Images`. neutral_label: False reads plain images; a
+    network: trained in any way, or None for raw pixels; target: `Images`. neutral_label: False reads plain images,
+    None what the strategy that trained the network writes; a
     number of classes puts their neutral label over so many pixels, as a network that learned with so many labels
     knows it; True takes the target's number of classes.
     layers: names to read ("layer_1", …, "layers_2_to_L"; "pixels"), None for all. shape: (channels, height, width) of

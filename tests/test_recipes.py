@@ -295,7 +295,7 @@ LOEWE = '[mine]\nlike = "loewe"\n'
         ('[a]\nlike = "b"\n[b]\nlike = "c"\n[c]\nlike = "b"', "like goes in a circle, 'b' -> 'c' -> 'b'"),
         (
             LOEWE + "network = { width = [1] }",
-            "'mine': network.width is unknown; did you mean 'widths'? Known: widths,",
+            "'mine': network.width is unknown; did you mean 'widths'? Known: name, widths,",
         ),
         (LOEWE + "network = { widths = [0] }", "'mine': network.widths = (0,); expected a list of numbers of units"),
         (LOEWE + "network = [1]", "recipe 'mine': network = (1,); expected a table"),
