@@ -556,25 +556,21 @@ def bench(
     precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16; both, if left out")] = None,
     out: Annotated[Optional[Path], typer.Option(help="a .jsonl file that gets a line for each measurement")] = None,
 ):
-    "Time a training step and its matrix products. 4 x 2000 units, two batch sizes."
+    "Time a training step and its matrix products. 4 x 2000 units, two batch sizes; four convolutions."
     from ff_research.checks import best_precision
     from ff_research.runs import origin
-    from ff_research.speed import step_against_products
+    from ff_research.speed import step_against_convolutions, step_against_products
 
     for chosen in ("fp32", "bf16") if precision is None else (best_precision(precision),):
-        for batch_size in (500, 100):
-            t = step_against_products(batch_size=batch_size, precision=chosen, runs=runs)
+        for batch_size in (500, 100, 128):
+            conv, work = (True, step_against_convolutions) if batch_size == 128 else (False, step_against_products)
+            t = work(batch_size=batch_size, precision=chosen, runs=runs)
+            what = "convolutions" if conv else "products"
             typer.echo(
-                f"{chosen}, batch {batch_size}: products {t['products_ms']:.1f} ms of a step of {t['step_ms']:.1f} ms: "
+                f"{chosen}, batch {batch_size}: {what} {t['products_ms']:.1f} ms of a step of {t['step_ms']:.1f} ms: "
                 f"{100 * t['share']:.0f} % ({100 * t['low']:.0f} to {100 * t['high']:.0f})"
             )
             if out is not None:
-                results.append_row(
-                    out,
-                    dict(
-                        batch_size=batch_size,
-                        runs=runs,
-                        **{key: round(v, 4) for key, v in t.items()},
-                        **origin("cpu", chosen),
-                    ),
-                )
+                measured = dict(batch_size=batch_size, runs=runs, **{key: round(v, 4) for key, v in t.items()})
+                measured |= dict(network="convolutions") if conv else {}
+                results.append_row(out, measured | origin("cpu", chosen))

@@ -24,7 +24,9 @@ def normalise(h, squares=None, out=None):
     squares: the rows' sums of squares `[batch]` where they are known already. A row of zeros stays zero.
     """
     if h.ndim > 2:  # feature maps: one row for each image
-        return normalise(h.flatten(1), squares).view_as(h)
+        every = tuple(range(1, h.ndim))
+        mean = h.float().square().mean(every, keepdim=True) if squares is None else squares / h[0].numel()
+        return h * (mean.view(-1, *[1] * (h.ndim - 1)) + EPS).rsqrt().to(h.dtype)
     if squares is None:
         squares = sum_of_squares(h)
     return torch.mul(h, (squares / h.shape[-1] + EPS).rsqrt().to(h.dtype).unsqueeze(-1), out=out)
@@ -200,6 +202,7 @@ class FFConv(Layer):
         self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding=(kernel - 1) // 2, groups=groups)
         nn.init.normal_(self.conv.weight, std=math.sqrt(2 * groups / (inputs * kernel**2)), generator=generator)
         nn.init.zeros_(self.conv.bias)
+        self.conv.to(memory_format=torch.channels_last)  # on CPUs pooling and normalisation are some times faster so
         self.batch_norm = nn.BatchNorm2d(channels) if norm in ("batch", "batch_first") else None
 
     def extra_repr(self):
@@ -209,7 +212,7 @@ class FFConv(Layer):
         x = xs[0] if len(xs) == 1 else torch.cat([written_out(x) for x in xs], 1)
         if len(x.shape) != 4 or x.shape[1] != self.inputs:
             raise ValueError(f"FFConv takes [rows, {self.inputs}, height, width], but what it reads is {list(x.shape)}")
-        z = self.conv(x)
+        z = self.conv(x if isinstance(x, Rows) else x.contiguous(memory_format=torch.channels_last))
         h = F.dropout((self.batch_norm(z) if self.norm == "batch_first" else z).relu(), self.dropout, self.training)
         if self.pool and min(h.shape[2:]) < self.pool:
             raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")

@@ -234,7 +234,7 @@ class ProjectionObjective(ClassScores):
         return f"{self.projection.shape[1]}, {self.projection.shape[0]}"
 
     def scores(self, h, s=None):
-        h = h.flatten(2).mean(2) if h.ndim > 2 else h
+        h = h.mean(tuple(range(2, h.ndim))) if h.ndim > 2 else h
         return F.linear(h.to(self.projection.dtype), self.projection)
 
 # %% ../nbs/105_objectives.ipynb #3e3f8b4e
@@ -255,7 +255,8 @@ class ChannelCompetition(ClassScores):
     def scores(self, h, s=None):
         if h.shape[1] % self.num_classes:
             raise ValueError(f"{h.shape[1]} channels cannot be shared out evenly among {self.num_classes} classes")
-        return h.pow(self.power).unflatten(1, (self.num_classes, -1)).flatten(2).mean(2)
+        scores = h.pow(self.power).mean(tuple(range(2, h.ndim))) if h.ndim > 2 else h.pow(self.power)
+        return scores.unflatten(1, (self.num_classes, -1)).mean(2)
 
 # %% ../nbs/105_objectives.ipynb #98b84d21
 class LabelObjective(Objective):
