@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 
 from . import convolution as convolution  # its networks and strategies are known by name then
+from . import forms as forms
 from .checks import nearest, one_of, shown
 from .entropy import entropic
 from .goodness import GOODNESSES
@@ -621,5 +622,5 @@ def recipe(name, recipes=None):
     )
 
 # %% ../nbs/901_recipes.ipynb #6b34fadb
-FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed")
+FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed", "goodness")
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})
