@@ -111,6 +111,12 @@ class Network(nn.Module):
         return {key: getattr(self, key) for key in ("inputs", "iterations", "learn_at", "read_at", "pooled")}
 
     @property
+    def num_inputs(self):
+        "How many pixels an image must have, where the first layer is fully connected and reads nothing else; or None."
+        first = self.layers[0]
+        return first.inputs if isinstance(first, FFLinear) and first.reads == (-1,) else None
+
+    @property
     def dtype(self):
         "What the first layer's input is kept in: the type of its weights."
         return next((p.dtype for p in self.layers[0].parameters()), torch.float32)
@@ -138,8 +144,7 @@ class Network(nn.Module):
 
     def prepare(self, x):
         "Inputs of the first layer from images `[rows, …]` or `Rows`; see `layers.prepare`."
-        first = self.layers[0]
-        inputs = first.inputs if isinstance(first, FFLinear) else None
+        inputs = self.num_inputs
         if self.inputs != "centred":
             return prepare(x, inputs, self.dtype, self.inputs)
         if self.center is None:

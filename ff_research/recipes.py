@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, mod
 
 from . import convolution as convolution  # its networks and strategies are known by name then
 from . import forms as forms
+from . import patterns as patterns
 from .checks import nearest, one_of, shown
 from .entropy import entropic
 from .goodness import GOODNESSES

@@ -150,9 +150,12 @@ def network_of(recipe, images, seed=0):
     "A recipe's network as it is before training."
     part = recipe.network
     options = dict(part.options) | ({} if part.inputs is None else {"inputs": part.inputs})
+    strategy, shape = strategy_of(recipe, images.num_classes), tuple(images.shape)
+    if extra := getattr(strategy, "extra_inputs", 0):
+        shape = (images.num_pixels + extra,)
     if part.name == "mlp":
         options |= dict(full_gradient=part.full_gradient, triangle=part.triangle)
-    return NETWORKS[part.name](tuple(images.shape), part.widths, seed=seed, **options)
+    return NETWORKS[part.name](shape, part.widths, seed=seed, **options)
 
 
 def first_read(recipe):

@@ -288,7 +288,7 @@ def check_images(images, network, epochs, batch_size, strategy=None):
     extra = getattr(strategy, "extra_inputs", 0)
     if getattr(strategy, "contrasts_labels", False) and not extra:
         check_room(x[:1], classes)
-    inputs = network.layers[0].inputs if isinstance(network.layers[0], FFLinear) else None
+    inputs = network.num_inputs
     if inputs not in (None, images.num_pixels + extra):
         labels = f" and {extra} for the label" if extra else ""
         raise ValueError(

@@ -67,7 +67,7 @@ def seen_by(network, target, shape):
     for x, y in ((target.x_train, target.y_train), (target.x_test, target.y_test)):
         check_samples(x, y)
     target = target if shape is None else refit(target, shape)
-    inputs = None if network is None else getattr(network.layers[0], "inputs", None)
+    inputs = None if network is None else network.num_inputs
     if inputs not in (None, target.num_pixels):
         raise ValueError(
             f"images {list(target.shape)} of {target.name!r} have {target.num_pixels} pixels, but the network's first "
