@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'FF_LABELS', 'FF', 'LOCAL', 'BACKPROP', 'BASELINE', 'SVG_L
 # %% ../nbs/906_plots.ipynb #864927b6
 import base64
 import io
+import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -80,15 +81,11 @@ STYLE = {
 # %% ../nbs/906_plots.ipynb #906c0016
 def style(limit=SVG_LIMIT):
     "The book's look, one call at the head of a chapter; in a notebook also what is stored, see `picture`."
-    try:
-        from IPython import get_ipython
-
-        if shell := get_ipython():
-            for formatter in shell.display_formatter.formatters.values():
-                formatter.pop(Figure, None)
-            shell.display_formatter.mimebundle_formatter.for_type(Figure, lambda figure: picture(figure, limit))
-    except ImportError:
-        pass
+    ipython = sys.modules.get("IPython")  # not imported here: what is no notebook does without it
+    if ipython and (shell := ipython.get_ipython()):
+        for formatter in shell.display_formatter.formatters.values():
+            formatter.pop(Figure, None)
+        shell.display_formatter.mimebundle_formatter.for_type(Figure, lambda figure: picture(figure, limit))
     matplotlib.rcParams.update(STYLE)
 
 # %% ../nbs/906_plots.ipynb #00b300ac

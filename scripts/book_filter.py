@@ -9,7 +9,6 @@ import inspect
 import io
 import json
 import re
-import sys
 
 from fastcore.docments import docments
 from nbdev import showdoc
