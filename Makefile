@@ -55,11 +55,11 @@ export: setup  ## write ff_research/ from the notebooks
 execute: export  ## run the notebooks and store their outputs (NB=nbs/103_goodness.ipynb for one)
 	@for nb in $(NB); do echo "$$nb"; $(BIN)/python scripts/execute.py "$$nb" && $(BIN)/nbdev_clean --fname "$$nb" || exit 1; done
 
-# Quarto keeps filtered notebooks until they change, so a change in settings.ini has to touch them.
+# Quarto keeps filtered notebooks until they change, so a change in settings.ini or the filter has to touch them.
 book: export  ## render the book into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Rendering the book needs Quarto 1.7 or newer on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }
-	@if [ settings.ini -nt _docs/index.html ]; then touch nbs/*.ipynb; fi
-	@PATH="$(abspath $(BIN)):$$PATH" quarto render
+	@if [ settings.ini -nt _docs/index.html -o scripts/book_filter.py -nt _docs/index.html ]; then touch nbs/*.ipynb; fi
+	@PATH="$(abspath $(BIN)):$$PATH" QUARTO_PYTHON="$(abspath $(BIN))/python" quarto render
 
 bench: setup  ## how much of a training step is its matrix products
 	@$(BIN)/ff-research bench
