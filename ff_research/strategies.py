@@ -114,7 +114,7 @@ class Strategy(nn.Module):
         ]
         return f"{type(self).__name__}({', '.join([str(self.num_classes), *options])})"
 
-# %% ../nbs/201_strategies.ipynb #d112dfff
+
 def negatives_of(strategy, x, y, network=None, generator=None):
     "What `generate` gives, called with as many arguments as it takes: `generate(x, y)` is enough."
     if not strategy.has_negatives:
