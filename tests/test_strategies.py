@@ -5,17 +5,21 @@ import json
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from ff_research import strategies
 from ff_research.backprop import train_backprop
 from ff_research.data import Images
+from ff_research.goodness import symba_loss
 from ff_research.labels import overlay
-from ff_research.layers import add_product_gradient, normalise, prepare, product
+from ff_research.layers import FFLinear, add_product_gradient, normalise, prepare, product
 from ff_research.network import Network, ready
-from ff_research.readout import label_goodness
+from ff_research.objectives import LabelObjective
+from ff_research.readout import label_goodness, per_label_goodness
 from ff_research.strategies import (
     STRATEGIES,
     LabelEmbeddingStrategy,
+    LabelInFrontStrategy,
     MaskingStrategy,
     PlainPositives,
     Strategy,
@@ -28,7 +32,7 @@ from ff_research.strategies import (
     shifted,
     unlike,
 )
-from ff_research.streams import Paired
+from ff_research.streams import Paired, Streams
 from ff_research.training import train
 
 TEN = [
@@ -586,3 +590,176 @@ def test_all_labels_with_layer_collaboration(digits):
             device="cpu",
             progress=False,
         )
+
+
+# Each strategy against its definition
+
+
+def as_often_as(counts, expected):
+    "Whether draws agree with the expected counts (chi-square)."
+    counts, expected = (torch.as_tensor(n).double().numpy() for n in (counts, expected))
+    return chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-4
+
+
+def test_other_class_draws_uniformly():
+    y, draw = torch.tensor([3] * 6 + [1] * 3 + [7])[torch.randperm(10, generator=seeded())], seeded(1)
+    drawn = torch.stack([other_class(y, draw) for _ in range(6000)])
+    for i in range(10):
+        others = torch.bincount(drawn[:, i], minlength=10)[y != y[i]]
+        assert others.sum() == 6000 and as_often_as(others, torch.full((len(others),), 6000 / len(others)))
+
+
+def test_class_confusion_puts_the_label_on_an_image_of_another_class(digits):
+    x, y = digits.x_train[:100], digits.y_train[:100]
+    negative = make_strategy("class_confusion", 10).generate(x, y, generator=seeded()).flatten(1)
+    whose = torch.cdist(negative[:, 10:], x.float().flatten(1)[:, 10:] / (255 if x.dtype == torch.uint8 else 1)).argmin(
+        1
+    )
+    assert torch.equal(negative[:, :10].argmax(1), y) and (y[whose] != y).all()
+
+
+def test_label_embedding_shares_its_images_and_writes_every_candidate(digits):
+    x, y, strategy = digits.x_train[:100], digits.y_train[:100], make_strategy("label_embedding", 10)
+    s = strategy.streams(x, y, generator=seeded(1))
+    assert torch.equal(
+        s.x.dense(), torch.cat([strategy.create_positive(x, y), strategy.generate(x, y, generator=seeded(1))])
+    )
+    candidates = torch.arange(10)[:, None].expand(-1, 100)
+    slow, fast = Strategy.write(strategy, x, candidates), strategy.write(x, candidates)
+    assert torch.equal(slow.x, fast.x.dense()) and slow.sizes == fast.sizes == (100,) * 10
+    assert torch.allclose(Strategy.write(strategy, x).x, strategy.write(x).x, atol=1e-6)
+
+
+def test_hard_labels_are_drawn_in_proportion_to_the_heads_belief(digits):
+    network, hard = Network([64, 30, 20]), make_strategy("hard_mining", 4)
+    x, y = digits.x_train[:1].expand(4000, -1, -1, -1), torch.full((4000,), 2)
+    hard.begin(network, digits.x_train[:2])
+    hard.bias += torch.tensor([0.5, 0.2, 0.25, 0.05]).log()
+    counts = torch.bincount(hard.hard_labels(x, y, network, seeded()), minlength=4)
+    assert counts[2] == 0
+    assert as_often_as(counts[[0, 1, 3]], 4000 * torch.tensor([0.5, 0.2, 0.05], dtype=torch.float64) / 0.75)
+
+
+def test_a_trained_head_tempts(digits):
+    network, hard = Network([64, 100, 100]), make_strategy("hard_mining", 10)
+    train(network, digits, hard, epochs=10, **QUIET)
+    wrong = torch.stack([hard.hard_labels(digits.x_train, digits.y_train, network, seeded(s)) for s in range(5)])
+    offered = torch.zeros(10, 10).index_put(
+        (digits.y_train.repeat(5), wrong.flatten()), torch.ones(wrong.numel()), True
+    )
+    share = offered / offered.sum(1, keepdim=True)
+    assert share.diagonal().max() == 0 and share.max() > 1.5 / 9
+
+
+@pytest.mark.parametrize("blurs", [1, 3, 10])
+def test_blurs_are_padded_filters(blurs):
+    bits = torch.rand(5, 1, 28, 9, generator=seeded())
+    found = blur_matrix(28, blurs) @ bits @ blur_matrix(9, blurs)
+    for _ in range(blurs):
+        for axis, pad in ((-2, (0, 0, 1, 1)), (-1, (1, 1, 0, 0))):
+            padded = torch.nn.functional.pad(bits, pad, mode="replicate")
+            bits = sum(w * padded.narrow(axis, i, bits.shape[axis]) for i, w in enumerate((0.25, 0.5, 0.25)))
+    assert torch.allclose(found, bits, atol=1e-6)
+
+
+def test_a_hybrid_has_one_partner(digits):
+    x = digits.x_train[:100]
+    hybrid = make_strategy("image_mixing", 10).generate(x, None, generator=seeded()).flatten(1)
+    own = make_strategy("image_mixing", 10).create_positive(x, None).flatten(1)
+    assert any(((hybrid == own.roll(-shift, 0)) | (hybrid == own)).all() for shift in range(1, 100))
+
+
+def test_masked_pixels_hold_the_mean(digits):
+    strategy, x = make_strategy("masking", 10), digits.x_train[:100]
+    one, masked = strategy.create_positive(x, None), strategy.generate(x, None, generator=seeded())
+    changed = masked != one
+    assert (
+        torch.allclose(masked[changed], one.mean(0).expand_as(masked)[changed]) and 0.1 < changed.float().mean() < 0.8
+    )
+
+
+def test_noise_has_the_pixels_mean_and_spread_and_no_correlation():
+    grey = 0.5 + 0.05 * torch.randn(4000, 1, 3, 4, generator=seeded()) * torch.linspace(0.2, 2, 12).view(3, 4)
+    noise = make_strategy("random_noise", 10).generate(grey, None, generator=seeded(1))
+    assert torch.allclose(noise.mean(0), grey.mean(0), atol=0.01) and torch.allclose(
+        noise.std(0), grey.std(0), rtol=0.08
+    )
+    assert (torch.corrcoef(noise.flatten(1).T) - torch.eye(12)).abs().max() < 5 / 4000**0.5
+
+
+def test_layer_wise_mixes_the_positives_of_each_layer_and_nothing_else(digits):
+    wise, y = make_strategy("layer_wise", 10), digits.y_train[:50]
+    h = normalise(torch.rand(50, 30, generator=seeded()))
+    s = Streams(torch.cat([h, torch.full((50, 30), torch.nan)]), y, (50, 50))
+    draw = seeded(1)
+    out, again = (wise.before(s, 2, 1, draw).x for _ in range(2))
+    assert torch.equal(out[:50], h) and not out.isnan().any() and not torch.equal(out, again)
+    assert torch.allclose(out.square().mean(1), torch.ones(100), atol=1e-5)
+    assert wise.before(s, 1, 1, draw) is s and wise.redraws
+    mixed = wise.mix(torch.arange(20.0)[:, None].expand(20, 3000), draw)
+    assert all(len(row.unique()) == 2 for row in mixed)
+    assert abs((mixed == torch.arange(20.0)[:, None]).float().mean() - 0.5) < 0.01
+
+
+def test_scff_is_the_papers_loss_of_concatenated_pairs(digits):
+    scff, x, y = make_strategy("self_contrastive", 10), digits.x_train[:100], digits.y_train[:100]
+    s = scff.streams(x, y, generator=seeded())
+    pair, layer = prepare(s.x, 64), FFLinear(64, 40, generator=seeded())
+    loss, g = scff.objective(layer, depth=1)(layer(pair), s)
+    G = [
+        (pair.images @ layer.weight.T + other @ layer.weight.T + 2 * layer.bias).relu().square().mean(1)
+        for other in (pair.images, pair.images[pair.partner])
+    ]
+    softplus = torch.nn.functional.softplus
+    expected = softplus(4.0 - G[0]).mean() + softplus(G[1] - 6.0).mean() + 1e-4 * G[0].mean()
+    assert torch.allclose(loss, expected, rtol=1e-5) and torch.allclose(4 * g.squeeze(1), torch.cat(G), rtol=1e-4)
+
+
+def test_labels_in_front_leave_the_row_alone():
+    front, table = LabelInFrontStrategy(3, value=2.0), torch.rand(4, 5, generator=seeded())
+    labels = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(front.create_positive(table, labels)[:, 3:], table)
+    assert torch.equal(front.create_positive(table, labels)[:, :3], 2.0 * torch.nn.functional.one_hot(labels, 3))
+    assert (front.generate(table, labels, generator=seeded())[:, :3].argmax(1) != labels).all()
+    assert torch.allclose(front.write(table).x[:, :3], torch.full((4, 3), 2 / 3)) and repr(front).endswith("value=2.0)")
+    s = front.streams(table, labels)
+    assert s.sizes == (4, 4, 4) and torch.equal(s.x.dense()[:4], front.create_positive(table, labels))
+
+
+def test_partners_are_a_shift_and_nobody_is_alone():
+    for batch in range(2, 30):
+        partner = partners(batch, generator=seeded(batch))
+        assert (partner != torch.arange(batch)).all() and torch.equal(partner.sort().values, torch.arange(batch))
+    with pytest.raises(ValueError, match="no second image"):
+        partners(1)
+
+
+def test_adversarial_negatives_have_more_goodness_in_layer_one(digits):
+    network, strategy, x = Network([64, 200, 100]), make_strategy("adversarial", 10), digits.x_train[:100]
+    one, moved = strategy.create_positive(x, None), strategy.generate(x, None, network)
+    with torch.no_grad():
+        g_pos, g_neg = (network.layers[0](network.prepare(images)).square().sum(1) for images in (one, moved))
+        network.layers[1].weight.fill_(torch.nan)
+    assert (g_neg > g_pos).float().mean() > 0.95 and (moved - one).abs().max() <= strategy.epsilon + 1e-6
+    assert torch.equal(strategy.generate(x, None, network), moved)  # no other layer has a say
+
+
+def test_all_labels_pull_in_proportion_to_belief():
+    g = torch.rand(200, 1, generator=seeded()).requires_grad_()
+    loss, _ = LabelObjective(alpha=5.0)(g.sqrt(), Streams(g, None, (20,) * 10))
+    (pull,) = torch.autograd.grad(loss, g)
+    belief = (5.0 * g.view(10, 20)).softmax(0)
+    assert torch.allclose(pull.view(10, 20)[1:], 5.0 * belief[1:] / 20, atol=1e-6)
+    assert torch.allclose(pull.view(10, 20).sum(0), torch.zeros(20), atol=1e-6)
+    two = g[:40].detach().sqrt()
+    found = LabelObjective(5.0)(two, Streams(two, None, (20, 20)))[0]
+    assert torch.allclose(found, symba_loss(*two.square().flatten().chunk(2), alpha=5.0))
+
+
+def test_forced_labels_name_no_class_where_none_were_contrasted(digits):
+    network = Network([64, 100, 100])
+    train(network, digits, make_strategy("masking", 10), epochs=5, **QUIET)
+    forced = make_strategy("label_embedding", 10)
+    assert per_label_goodness(network, digits, strategy=forced, precision="fp32", device="cpu") > 60
+    with pytest.raises(ValueError, match="contrasts no labels"):
+        per_label_goodness(network, digits, precision="fp32", device="cpu")
