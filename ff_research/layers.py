@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'normalise', 'product', 'add_product_gradient', 'Layer', 'reads_of', 'hand_on', 'units_of', 'FFLinear',
-           'standardise', 'above_mean', 'FFConv', 'Merge', 'prepare']
+           'FFConv', 'Merge', 'standardise', 'above_mean', 'prepare']
 
 # %% ../nbs/106_layers.ipynb #c81a8e13
 import math
@@ -37,7 +37,7 @@ def product(x, weight, bias, out=None):
     """
     return x.product(weight, bias, out) if isinstance(x, Rows) else torch.addmm(bias, x, weight.t(), out=out)
 
-# %% ../nbs/106_layers.ipynb #26c73887
+
 def add_product_gradient(dz, x, total, keep=0.0):
     """Replace `total` `[units, inputs]` by `keep * total + dz.T @ x`, the weight gradient of `product`, in place.
 
@@ -149,19 +149,6 @@ class FFLinear(Layer):
             return normalise(h if power == 1 else h**power)
         return standardise(h.above if power == 1 else h.above**power)
 
-# %% ../nbs/106_layers.ipynb #fb7ba18e
-def standardise(h, out=None):
-    "Take the mean off each row of `[batch, units]`, then divide it by its root mean square."
-    return normalise(h - h.mean(-1, keepdim=True), out=out)
-
-
-def above_mean(z):
-    """ReLU(z - mean of z) of each row `[batch, units]`, the triangle activity.
-
-    Source: Coates et al. (2011); Chen et al. (2025).
-    """
-    return (z - z.mean(-1, keepdim=True)).relu()
-
 # %% ../nbs/106_layers.ipynb #80dbdac1
 class FFConv(Layer):
     """A convolutional Forward-Forward layer: convolution, ReLU, then pooling and batch normalisation where asked for.
@@ -247,6 +234,19 @@ class Merge(Layer):
 
     def hand_on(self, h):
         return h
+
+# %% ../nbs/106_layers.ipynb #fb7ba18e
+def standardise(h, out=None):
+    "Take the mean off each row of `[batch, units]`, then divide it by its root mean square."
+    return normalise(h - h.mean(-1, keepdim=True), out=out)
+
+
+def above_mean(z):
+    """ReLU(z - mean of z) of each row `[batch, units]`, the triangle activity.
+
+    Source: Coates et al. (2011); Chen et al. (2025).
+    """
+    return (z - z.mean(-1, keepdim=True)).relu()
 
 # %% ../nbs/106_layers.ipynb #969ba4f4
 SCALINGS = {"normalised": normalise, "standardised": standardise, "plain": lambda x: x}
