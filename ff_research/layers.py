@@ -156,10 +156,10 @@ class FFConv(Layer):
     forward takes feature maps `[rows, inputs, height, width]` (several are joined along the channels) and gives the
     activity `[rows, channels, height, width]`. pool: side of the max-pooling windows, 0 for none. norm: None hands on
     each row divided by its root mean square; "batch" normalises the activity itself (BatchNorm), before its goodness is
-    read, and hands it on as it is; "batch_first" does so between convolution and ReLU; "channel" hands on each channel of each row with mean 0 and variance 1. groups: of
-    channels that see each other only. dropout: share of activities set to 0 while learning. Weights start as N(0, 2 /
-    (inputs/groups * kernel^2)), biases at 0: an input of root mean square 1 gives an activity of about the same,
-    whatever the depth.
+    read, and hands it on as it is; "batch_first" does so between convolution and ReLU; "channel" hands on each channel
+    of each row with mean 0 and variance 1. groups: of channels that see each other only. dropout: share of activities
+    set to 0 while learning. Weights start as N(0, 2 / (inputs/groups * kernel^2)), biases at 0: an input of root mean
+    square 1 gives an activity of about the same, whatever the depth.
     """
 
     def __init__(
