@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'normalise', 'product', 'add_product_gradient', 'Layer', 'reads_of', 'hand_on', 'units_of', 'FFLinear',
-           'standardise', 'above_mean', 'FFConv', 'Merge', 'prepare']
+           'FFConv', 'Merge', 'standardise', 'above_mean', 'prepare']
 
 # %% ../nbs/106_layers.ipynb #c81a8e13
 import math
@@ -39,7 +39,7 @@ def product(x, weight, bias, out=None):
     """
     return x.product(weight, bias, out) if isinstance(x, Rows) else torch.addmm(bias, x, weight.t(), out=out)
 
-# %% ../nbs/106_layers.ipynb #26c73887
+
 def add_product_gradient(dz, x, total, keep=0.0):
     """Replace `total` `[units, inputs]` by `keep * total + dz.T @ x`, the weight gradient of `product`, in place.
 
@@ -151,19 +151,6 @@ class FFLinear(Layer):
             return normalise(h if power == 1 else h**power)
         return standardise(h.above if power == 1 else h.above**power)
 
-# %% ../nbs/106_layers.ipynb #fb7ba18e
-def standardise(h, out=None):
-    "Take the mean off each row of `[batch, units]`, then divide it by its root mean square."
-    return normalise(h - h.mean(-1, keepdim=True), out=out)
-
-
-def above_mean(z):
-    """ReLU(z - mean of z) of each row `[batch, units]`, the triangle activity.
-
-    Source: Coates et al. (2011); Chen et al. (2025).
-    """
-    return (z - z.mean(-1, keepdim=True)).relu()
-
 # %% ../nbs/106_layers.ipynb #80dbdac1
 class FFConv(Layer):
     """A convolutional Forward-Forward layer: convolution, ReLU, then pooling and batch normalisation where asked for.
@@ -171,10 +158,10 @@ class FFConv(Layer):
     forward takes feature maps `[rows, inputs, height, width]` (several are joined along the channels) and gives the
     activity `[rows, channels, height, width]`. pool: side of the max-pooling windows, 0 for none. norm: None hands on
     each row divided by its root mean square; "batch" normalises the activity itself (BatchNorm), before its goodness is
-    read, and hands it on as it is; "batch_first" does so between convolution and ReLU; "channel" hands on each channel of each row with mean 0 and variance 1. groups: of
-    channels that see each other only. dropout: share of activities set to 0 while learning. Weights start as N(0, 2 /
-    (inputs/groups * kernel^2)), biases at 0: an input of root mean square 1 gives an activity of about the same,
-    whatever the depth.
+    read, and hands it on as it is; "batch_first" does so between convolution and ReLU; "channel" hands on each channel
+    of each row with mean 0 and variance 1. groups: of channels that see each other only. dropout: share of activities
+    set to 0 while learning. Weights start as N(0, 2 / (inputs/groups * kernel^2)), biases at 0: an input of root mean
+    square 1 gives an activity of about the same, whatever the depth.
     """
 
     def __init__(
@@ -250,6 +237,19 @@ class Merge(Layer):
 
     def hand_on(self, h):
         return h
+
+# %% ../nbs/106_layers.ipynb #fb7ba18e
+def standardise(h, out=None):
+    "Take the mean off each row of `[batch, units]`, then divide it by its root mean square."
+    return normalise(h - h.mean(-1, keepdim=True), out=out)
+
+
+def above_mean(z):
+    """ReLU(z - mean of z) of each row `[batch, units]`, the triangle activity.
+
+    Source: Coates et al. (2011); Chen et al. (2025).
+    """
+    return (z - z.mean(-1, keepdim=True)).relu()
 
 # %% ../nbs/106_layers.ipynb #969ba4f4
 SCALINGS = {"normalised": normalise, "standardised": standardise, "plain": lambda x: x}

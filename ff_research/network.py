@@ -34,7 +34,7 @@ def _linear_layers(widths, seed, **options):
     generator = torch.Generator().manual_seed(seed)
     return [FFLinear(int(a), int(b), generator=generator, **options) for a, b in zip(widths, widths[1:])]
 
-# %% ../nbs/107_network.ipynb #6992f6c1
+
 def _check_layers(layers, iterations):
     "Raise ValueError for layers that read what is not there, or that do not fit together."
     for height, layer in enumerate(layers, start=1):
@@ -258,7 +258,7 @@ def _input(s, seen, own, height, r, layer):
         )
     return seen.get(height + r)
 
-# %% ../nbs/107_network.ipynb #d24290f0
+
 def ready(network, x):
     "`Streams` whose rows are prepared for the first layer, from images, `Rows` or `Streams`."
     s = x if isinstance(x, Streams) else Streams(x, None, (len(x),))
@@ -296,7 +296,7 @@ def reading(network):
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/107_network.ipynb #57ddfa05
+
 def activities(network, x, normalised=True, power=1):
     """The activity of every layer `[rows, units, …]`, a list, for images `[rows, …]`, `Rows` or `Streams`; no gradient.
 

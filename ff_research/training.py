@@ -175,7 +175,7 @@ def prefix(asked, make, images, top, objectives=None, before=None, generators=()
         return None, None
     return {height: torch.cat([part[height] for part in parts], 1) for height in parts[0]}, torch.cat(sums, 1)
 
-# %% ../nbs/108_training.ipynb #f9507484
+
 class Frozen:
     """What frozen layers hand on, computed once for as long as the same layers learn.
 
