@@ -20,7 +20,9 @@ def test_a_network_that_reads_no_label_is_refused(digits):
 
 
 def test_it_learns_from_a_recipe_and_comes_back_from_its_file(digits, tmp_path):
-    recipe = RECIPES["symba-pattern"].vary(data="digits", widths=(80, 80), epochs=8, lr=3e-3, optimizer="adamw", first=1)
+    recipe = RECIPES["symba-pattern"].vary(
+        data="digits", widths=(80, 80), epochs=8, lr=3e-3, optimizer="adamw", first=1
+    )
     errors = run(recipe, 0, **QUIET)["errors"]["test"]
     assert errors["per_label"] < 20 and errors["probe"]["layer_2"] < 12, errors
     network = network_of(recipe, digits)
