@@ -59,6 +59,7 @@ execute: export  ## run the notebooks and store their outputs (NB=nbs/103_goodne
 book: export  ## render the book into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Rendering the book needs Quarto 1.7 or newer on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }
 	@if [ settings.ini -nt _docs/index.html -o scripts/book_filter.py -nt _docs/index.html ]; then touch nbs/*.ipynb; fi
+	@$(BIN)/ff-research leaderboard --html nbs/leaderboard.html
 	@PATH="$(abspath $(BIN)):$$PATH" QUARTO_PYTHON="$(abspath $(BIN))/python" quarto render
 
 bench: setup  ## how much of a training step is its matrix products

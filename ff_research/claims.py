@@ -234,13 +234,18 @@ def _plain(text):
     return re.sub(r"\s+", " ", text.replace("−", "-"))
 
 
+def _markdown(path):
+    "The text of a file, of a notebook that of its Markdown cells."
+    text = Path(path).read_text(encoding="utf-8")
+    if Path(path).suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
+
+
 def text_of(path):
     "The text of a file, of a notebook that of its Markdown cells, with blanks for line breaks."
-    text = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix == ".ipynb":
-        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
-        text = "\n\n".join("".join(cell["source"]) for cell in cells)
-    return _plain(text)
+    return _plain(_markdown(path))
 
 
 def _against_texts(claim, root):
@@ -272,8 +277,7 @@ def finding_texts(book, root):
     'Texts whose every number has to be explained: {place: (file, text)}, named sections and all "In short" lists.'
     out = {}
     for name, heading in book.findings.items():
-        text = (root / name).read_text(encoding="utf-8")
-        found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
+        found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", _markdown(root / name), re.S | re.M)
         out[f"{name}, {heading}"] = (name, found[1] if found else "")
     for path in sorted(root.glob("nbs/[0-9]*.ipynb")):
         cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]

@@ -233,6 +233,7 @@ def test_cross_references_lead_somewhere():
 # Imports run down this list, never up. `results`, `statistics`, `claims` and `plots` know nothing of networks.
 ORDER = [
     "cli",
+    "leaderboard",
     "measures",
     "searches",
     "runs",
@@ -378,8 +379,8 @@ def test_links_follow_settings():
     assert f"{SETTINGS['git_url']}/actions/workflows/test.yml/badge.svg" in read("README.md")
 
 
-def test_readme_links_work_on_the_books_front_page_too():
-    "The README is included there, so its links are absolute; those into the repository lead to files that exist."
+def test_readme_links_work_everywhere():
+    "GitHub and package indexes show the README, so its links are absolute; those into the repository lead to files."
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(read("README.md")))
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     into = [

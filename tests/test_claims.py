@@ -128,6 +128,7 @@ def test_numbers_that_no_claim_explains(text, numbers):
 
 def test_a_new_number_among_the_findings_fails(book, derived, tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "index.qmd", tmp_path)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     heading = "## What came out so far\n"
     (tmp_path / "README.md").write_text(readme.replace(heading, heading + "\n- A new one gains 7.77 pp.\n"))

@@ -24,7 +24,7 @@ from ff_research.results import append_row, read_rows
 from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged
 
-COMMANDS = ("list", "data", "run", "tune", "measure", "table", "compare", "predict", "publish", "bench")
+COMMANDS = ("list", "data", "run", "tune", "measure", "table", "leaderboard", "compare", "predict", "publish", "bench")
 PROGRAM = [sys.executable, "-c", "from ff_research.cli import main; main()"]
 
 
