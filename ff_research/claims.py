@@ -44,6 +44,7 @@ class Claim:
     verdict: list | str = field(default_factory=list)
     with_images: list | str = field(default_factory=list)
     won: int | None = None
+    by_formula: bool = False
     given: list = field(default_factory=list)
     texts: dict = field(default_factory=dict)
     overturned: str = ""
@@ -134,12 +135,13 @@ def _ranks(claim, a, b, key, other, cases):
     )
 
 
-def _derived(kind, parts, book):
+def _derived(claim, parts, book):
     "One comparison; for a difference also what it is with the test images by formula."
     (a, key), (b, other) = (_opened(_rows(parts[x] or parts["a"]), parts[k]) for x, k in (("a", "key"), ("b", "other")))
-    made = _made(a if kind == "mean" else [*a, *b])
-    if kind == "mean":
-        return interval(a, key, images=None if wrong_images(a, key) is not None else 0) | dict(made=made)
+    made = _made(a if claim.kind == "mean" else [*a, *b])
+    if claim.kind == "mean":
+        images = None if wrong_images(a, key) is not None else book.images * claim.by_formula
+        return interval(a, key, images=images) | dict(made=made)
     masks = all(wrong_images(rows, k) is not None for rows, k in ((a, key), (b, other)))
     found = difference(a, b, key, other, images=None if masks else 0) | dict(made=made)
     return found | dict(with_images=found if masks else difference(a, b, key, other, images=book.images))
@@ -182,7 +184,7 @@ def derive(book):
                 if claim.kind == "ranks":
                     out[name, "all"] = _ranks(claim, **parts, cases=list(book.cases[claim.cases].values()))
                 else:
-                    out[name, label] = _derived(claim.kind, parts, book)
+                    out[name, label] = _derived(claim, parts, book)
             except ValueError as error:
                 out[name, label] = dict(problem=str(error))
     return _corrected(out, book)

@@ -36,7 +36,7 @@ def layer_colours(count):
     "Colours of `count` layers: shades of purple, from light (the first) to dark (the last)."
     return [to_hex(_DEPTH(i / max(count - 1, 1))) for i in range(count)]
 
-# %% ../nbs/906_plots.ipynb #906c0015
+# %% ../nbs/906_plots.ipynb #906c0018
 SVG_LIMIT = 150_000  # characters; a larger drawing is stored as PNG
 
 
@@ -56,7 +56,7 @@ def picture(figure, limit=SVG_LIMIT):
     data = base64.b64encode(png.getvalue()).decode()
     return {"image/png": data}, {"image/png": dict(width=width, height=height)}
 
-# %% ../nbs/906_plots.ipynb #906c0017
+# %% ../nbs/906_plots.ipynb #906c0020
 STYLE = {
     "figure.figsize": (6.4, 3.4),
     "figure.dpi": 96,
@@ -78,7 +78,7 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 
-# %% ../nbs/906_plots.ipynb #906c0016
+# %% ../nbs/906_plots.ipynb #906c0019
 def style(limit=SVG_LIMIT):
     "The book's look, one call at the head of a chapter; in a notebook also what is stored, see `picture`."
     ipython = sys.modules.get("IPython")  # not imported here: what is no notebook does without it
