@@ -621,5 +621,5 @@ def recipe(name, recipes=None):
     )
 
 # %% ../nbs/901_recipes.ipynb #6b34fadb
-FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed")
+FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed", "convolution")
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

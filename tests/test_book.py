@@ -245,6 +245,7 @@ ORDER = [
     "models",
     "modelfiles",
     "predictions",
+    "convolution",
     "architecture",
     "readout",
     "backprop",
