@@ -191,7 +191,7 @@ def test_hard_negatives_are_those_with_more_goodness(digits):
     [
         ("digits-spread-labels", 25),
         ("digits-spread-labels-strips", 25),
-        ("digits-spread-labels-morphological", 30),
+        ("digits-spread-labels-morphological", 55),
         ("digits-label-channel", 30),
         ("digits-locally-connected", 25),
     ],
