@@ -402,8 +402,9 @@ def leaderboard(
 
 # %% ../nbs/907_cli.ipynb #00033c0f
 def compared(recipes):
-    "The recipes that `compare` runs, of a table: every strategy on digits, then the baselines there."
-    strategies = [r for r in recipes.values() if r.data == "digits" and r.method == "ff"]
+    "The recipes that `compare` runs, of a table: every strategy on digits in the plain network, then the baselines."
+    mine = [r for r in recipes.values() if r.data == "digits" and r.network.name == "mlp"]
+    strategies = [r for r in mine if r.method == "ff"]
     return [*strategies, *(recipes[name] for name in ("backprop-digits", "random-digits", "pixels-digits"))]
 
 

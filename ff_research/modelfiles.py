@@ -18,6 +18,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from . import __version__
+from . import convolution as convolution  # its layers and strategies are known by name then
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown
 from .layers import reads_of

@@ -82,7 +82,12 @@ class Objective(nn.Module):
 
     def peer_penalty(self, h, s):
         "The penalty of peer normalisation on the positives of an activity, once an update; 0 without it."
-        return 0.0 if self.peers is None else self.peers(mean_of_units(s.split(h)[0]))
+        if self.peers is None:
+            return 0.0
+        positives = s.split(h)[0]
+        if h.ndim > 2 and self.peers.units == h[0].numel():  # no weights are shared: each position has units of its own
+            return self.peers(positives.mean(0).flatten().float())
+        return self.peers(mean_of_units(positives))
 
 # %% ../nbs/105_objectives.ipynb #3c5da04b
 def two_streams(h):

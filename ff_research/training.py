@@ -25,7 +25,7 @@ from .checks import best_device, best_precision, one_of, shown
 from .data import Images, check_images_are, checksum, learned_from
 from .goodness import sum_of_squares
 from .labels import check_labels, check_room
-from .layers import FFLinear, hand_on, units_of
+from .layers import FFLinear, hand_on, reads_of, units_of
 from .learners import Recorded, Workspace, learner_of
 from .loops import Told, begun, check_callbacks, longer, part_of_run, run_epochs
 from .network import Network, deepest, ready, run_layer, walk
@@ -345,7 +345,7 @@ def _objectives(network, strategy, objective, peer, device):
             continue
         new = copy.deepcopy(own) if own is not None else strategy.objective(layer, depth)
         if new is not None and peer:
-            new.peers = PeerNormalisation(units_of(layer), peer)
+            new.peers = PeerNormalisation(getattr(layer, "peers", None) or units_of(layer), peer)
         made.append(new)
     new = nn.ModuleList(made).to(device)
     if repr(new) == repr(network.objectives):
@@ -381,13 +381,14 @@ def _check_collaboration(network, strategy, collaboration, overlap):
 
 def _draws(draw, schedule, network, strategy):
     "When negatives are drawn: `draw`, or the default of the schedule. Raises ValueError for what cannot be."
-    able = not (strategy.redraws or strategy.many_negatives or network.iterations)
+    named = any(isinstance(r, str) for layer in network.layers for r in reads_of(layer))
+    able = not (strategy.redraws or strategy.many_negatives or network.iterations or named)
     draw = draw or ("epoch" if schedule == "greedy" and able else "batch")
     one_of(draw, ("batch", "epoch"), "draw")
     if draw == "epoch" and not able:
         raise ValueError(
             "draw='epoch' keeps what frozen layers hand on for one positive and one negative of each image, which a "
-            "strategy that redraws or has many negatives, or a network with iterations, does not have; "
+            "strategy that redraws or has many negatives, or a network with iterations or inputs by name, does not have; "
             "take draw='batch'"
         )
     return draw

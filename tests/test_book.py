@@ -259,6 +259,7 @@ ORDER = [
     "models",
     "modelfiles",
     "predictions",
+    "convolution",
     "architecture",
     "readout",
     "backprop",

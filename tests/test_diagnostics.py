@@ -216,7 +216,9 @@ def test_too_few():
 # diagnose
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [name for name, cls in STRATEGIES.items() if cls.__module__ == "ff_research.strategies"]
+)
 def test_every_strategy(images, network, name):
     strategy = make_strategy(name, 4)
     strategy.begin(network, images.x_train[:2])

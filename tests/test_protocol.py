@@ -24,6 +24,7 @@ from ff_research.streams import Shared, Streams
 from ff_research.training import Step, as_read, train
 
 QUIET = dict(progress=False, device="cpu", precision="fp32")
+NAMES = [name for name, cls in STRATEGIES.items() if cls.__module__ == "ff_research.strategies"]
 
 
 def drawn(count):
@@ -414,7 +415,7 @@ def reach(network, strategy, x, y, parity=None, collaboration=None):
     return found
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [None, "previous", "all"])
 def test_no_loss_has_a_gradient_in_another_layer(name, mode, digits):
     strategy = STRATEGIES[name](10)
@@ -630,7 +631,7 @@ def test_wrong_input_is_refused_in_words(digits):
             call()
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_trains_convolutions(name, few):
     network = Network([FFConv(1, 20, norm="batch"), FFConv(20, 20, pool=2), FFLinear(20 * 16, 30)])
     history = train(network, few, STRATEGIES[name](10), epochs=1, lr=1e-3, **QUIET)
