@@ -381,7 +381,7 @@ def table(
 # %% ../nbs/907_cli.ipynb #00033c0f
 def compared(recipes):
     "The recipes that `compare` runs, of a table: every strategy on digits, then the baselines there."
-    strategies = [r for r in recipes.values() if r.data == "digits" and r.method == "ff"]
+    strategies = [r for r in recipes.values() if r.data == "digits" and r.method == "ff" and r.network.name == "mlp"]
     return [*strategies, *(recipes[name] for name in ("backprop-digits", "random-digits", "pixels-digits"))]
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from . import __version__
+from . import channelwise as channelwise  # what they enter is known by name then
+from . import localclassifiers as localclassifiers
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown
 from .layers import reads_of
