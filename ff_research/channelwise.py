@@ -131,7 +131,7 @@ class CFSEConv(FFConv):
         nn.init.uniform_(self.conv.weight, -bound, bound, generator=generator)
         nn.init.uniform_(self.conv.bias, -bound, bound, generator=generator)
 
-
+# %% ../nbs/502_channelwise.ipynb #c5020020
 @register_network
 def cfse(shape, widths, seed=0, *, inputs=None, classes=10, kernel=3, pooled=2):
     """CFSE blocks: layers 1, 3, … are plain convolutions, layers 2, 4, … have `classes` groups and 2 x 2 max-pooling.
@@ -150,6 +150,6 @@ def cfse(shape, widths, seed=0, *, inputs=None, classes=10, kernel=3, pooled=2):
     ]
     return Network(layers, inputs=inputs, pooled=pooled)
 
-# %% ../nbs/502_channelwise.ipynb #c5020020
+# %% ../nbs/502_channelwise.ipynb #c5020021
 if CFSEConv.__module__ == "ff_research.channelwise":  # not their twins in a notebook that runs
     KNOWN |= {cls.__name__: cls for cls in (CFSEConv, CompetitionObjective, ChannelCompetitionStrategy)}
