@@ -23,6 +23,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 
 from . import convolution as convolution  # its networks and strategies are known by name then
+from . import distance as distance
+from . import selfcontrast as selfcontrast
 from .checks import nearest, one_of, shown
 from .entropy import entropic
 from .goodness import GOODNESSES
@@ -621,5 +623,5 @@ def recipe(name, recipes=None):
     )
 
 # %% ../nbs/901_recipes.ipynb #6b34fadb
-FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed")
+FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed", "selfcontrast", "distance")
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})
