@@ -85,11 +85,21 @@ class DistanceObjective(ClassScores):
         return margin_loss(-g, s.y, self.known, self.margin)
 
     @torch.no_grad()
-    def penalty(self, h, s):
-        "Nothing; the centroids move here, after the loss, once an update."
-        found = moved(self.centroids, self.known, self.features(h), s.y, self.momentum)
+    def move(self, h, y, momentum):
+        "Let the centroids move; with momentum 1 those only that start."
+        found = moved(self.centroids, self.known, self.features(h), y, momentum)
         self.centroids.copy_(found[0])
         self.known.copy_(found[1])
+
+    def local_loss(self, h, s=None, gamma=0.0):
+        if s is None or s.y is None:
+            raise ValueError("distances to class centroids are learned from labels, and there are none")
+        self.move(h, s.y, 1.0)
+        return super().local_loss(h, s, gamma)
+
+    def penalty(self, h, s):
+        "Nothing; the centroids move here, after the loss, once an update."
+        self.move(h, s.y, self.momentum)
         return 0.0
 
 # %% ../nbs/505_distance.ipynb #c5050014

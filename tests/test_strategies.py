@@ -55,7 +55,8 @@ def seeded(seed=0):
 
 
 def test_registry():
-    assert sorted(strategies.TEN) == sorted(TEN) and list(STRATEGIES) == [*strategies.TEN, "all_labels"]
+    mine = [name for name, cls in STRATEGIES.items() if cls.__module__ == strategies.__name__]
+    assert sorted(strategies.TEN) == sorted(TEN) and mine == [*strategies.TEN, "all_labels"]
     assert [name for name in TEN if STRATEGIES[name].contrasts_labels] == TEN[:3]
     assert all(cls.name == name and cls.__doc__ for name, cls in STRATEGIES.items())
 
