@@ -18,7 +18,13 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from . import __version__
-from . import convolution as convolution  # its layers and strategies are known by name then
+from . import channelwise as channelwise  # what they enter is known by name then
+from . import convolution as convolution
+from . import distance as distance
+from . import forms as forms
+from . import localclassifiers as localclassifiers
+from . import patterns as patterns
+from . import selfcontrast as selfcontrast
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown
 from .layers import reads_of
@@ -269,7 +275,10 @@ def _checked(header, tensors, own, into):
     times = options["iterations"]
     if type(times) is not int or not 0 <= times <= 10_000:
         raise ValueError(f"iterations: {shown(times, 60)}")
-    if options["pooled"] is not None and not (type(options["pooled"]) is int and 0 < options["pooled"] < 10_000):
+    pooled = options["pooled"]
+    if pooled is not None and not (
+        type(pooled) is int and 0 < pooled < 10_000 or type(pooled) is float and 0 < pooled < 1
+    ):
         raise ValueError(f"pooled: {shown(options['pooled'], 60)}")
     for key in ("learn_at", "read_at"):
         if not options[key] or not all(type(t) is int and 0 <= t <= times for t in options[key]):

@@ -22,9 +22,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 
-from . import convolution as convolution  # its networks and strategies are known by name then
+from . import channelwise as channelwise  # their networks and strategies are known by name then
+from . import convolution as convolution
+from . import distance as distance
 from . import forms as forms
+from . import localclassifiers as localclassifiers
 from . import patterns as patterns
+from . import selfcontrast as selfcontrast
 from .checks import nearest, one_of, shown
 from .entropy import entropic
 from .goodness import GOODNESSES
@@ -623,5 +627,8 @@ def recipe(name, recipes=None):
     )
 
 # %% ../nbs/901_recipes.ipynb #6b34fadb
-FILES = ("papers", "digits", "grid", "collaboration", "pretext", "rates", "crossed", "goodness")
+FILES = tuple(
+    """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
+    selfcontrast distance""".split()
+)
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})
