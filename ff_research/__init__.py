@@ -81,6 +81,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _ROOMS:
         raise AttributeError(f"module 'ff_research' has no attribute {name!r}; its names: {', '.join(__all__)}")
+    if name == "STRATEGIES":  # all chapters that enter strategies of their own there
+        import_module("ff_research.modelfiles")
     value = getattr(import_module(f"ff_research.{_ROOMS[name]}"), name)
     globals()[name] = value  # found at once from now on
     return value

@@ -309,6 +309,13 @@ def _checked(header, tensors, own, into):
         _check_room(parts, options, shape, strict=not (header["own"] or named))
 
 
+def _laid_out(t, like):
+    "A tensor in the memory order of the one that it replaces: a convolution in another order rounds differently."
+    if like is None or like.device.type == "meta" or like.shape != t.shape or like.stride() == t.stride():
+        return t
+    return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype).copy_(t)
+
+
 def _filled(header, tensors, own, into):
     "The network, with the weights of the file."
     with torch.random.fork_rng(devices=[]):
@@ -322,7 +329,8 @@ def _filled(header, tensors, own, into):
         path, _, key = name.rpartition(".")
         setattr(network.get_submodule(path), key, tensors[name])
     state = {name: t for name, t in tensors.items() if name != "centring"}
-    network.load_state_dict(network.state_dict() | state, assign=True)
+    here = network.state_dict()
+    network.load_state_dict(here | {name: _laid_out(t, here.get(name)) for name, t in state.items()}, assign=True)
     images, pixels = header["images"], header["images"]["pixels"]
     network.image_shape = None if images["shape"] is None else tuple(images["shape"])
     network.pixels = tuple(map(float, pixels)) if isinstance(pixels, list) else pixels

@@ -220,14 +220,14 @@ def small(monkeypatch):
     made = [
         r.vary(widths=r.network.widths and (40, 40), epochs=min(2, r.schedule.epochs), batch_size=200) for r in usual
     ]
-    monkeypatch.setattr(cli, "compared", lambda recipes: made)
+    monkeypatch.setattr(cli, "compared", lambda recipes, network: made)
     return tuple(r.name for r in usual)
 
 
 @pytest.mark.parametrize("seeds", ["1", "2"])
 def test_compare(seeds, small, shell, folder):
     code, out, err = shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "new/figure.png")
-    assert code == 0 and "100%" in err and f"{14 * int(seeds)}/{14 * int(seeds)}" in err
+    assert code == 0 and "100%" in err and f"{15 * int(seeds)}/{15 * int(seeds)}" in err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert tuple(table) == small and {line["seeds"] for line in table.values()} == {seeds}
@@ -242,7 +242,7 @@ def test_compare(seeds, small, shell, folder):
     }
     assert (
         sorted(r.strategy.name for r in of.values() if r.method == "ff")
-        == sorted(name for name, cls in STRATEGIES.items() if cls.__module__ == "ff_research.strategies")
+        == sorted(["distance", *(n for n, cls in STRATEGIES.items() if cls.__module__ == "ff_research.strategies")])
         and sum(known[name][0] for name in of) == 4
     )
     assert all(("±" in line["linear probe"]) == (seeds == "2") for line in table.values())
@@ -374,6 +374,7 @@ def test_table_of_published_and_of_own_rows(shell, folder, monkeypatch):
             "data": "mnist",
             "seeds": "3",
             "per-label goodness": "2.50 ± 1.00",
+            "class scores": "n/a",
             "trained head": "n/a",
             "linear probe": "2.00 ± 1.00",
             "probe of": "layers 2 to 3",
@@ -488,6 +489,21 @@ def test_a_recipe_on_other_images_is_another_run(own, shell):
     (made,) = read_rows(own / "results" / f"{name}.jsonl")
     assert made["config"]["data"] == "mine.npz" and made["data"]["name"] == "mine"
     assert "is there already" in shell("run", name.removesuffix("-on-mine"), "--seeds", "1", "--data", "mine.npz")[1]
+
+
+def test_convolutional_methods_are_compared_on_images_of_any_size_and_number_of_classes(folder, shell):
+    y = np.arange(90) % 3
+    x = np.random.default_rng(0).integers(0, 60, (90, 3, 20, 24)).astype(np.uint8)
+    x += ((np.arange(24) // 8 == y[:, None, None, None]) * np.ones((1, 3, 20, 1)) * 150).astype(np.uint8)
+    np.savez(folder / "mine.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    code, out, err = shell("compare", "--network", "conv", "--data", "mine.npz", "--seeds", "1", "--workers", "1")
+    assert code == 0, err
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    table = {line[0].removesuffix("-on-mine"): dict(zip(lines[0], line)) for line in lines[2:]}
+    assert {"cwcomp", "scff", "softhebb", "label-channel", "locally-connected", "spread-labels"} <= set(table)
+    assert all(float(line["linear probe"]) < 60 for line in table.values()), table
+    assert table["cwcomp"]["class scores"] != "n/a" and table["spread-labels"]["per-label goodness"] != "n/a"
+    assert shell("compare", "--network", "convv")[0] == 2
 
 
 def test_device_and_precision_stand_in_the_row(own, shell):
