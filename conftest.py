@@ -111,8 +111,14 @@ class Notebook(pytest.File):
         yield Cells.from_parent(self, name="cells")
 
 
+# Chapters that train longest; what they export has tests of its own.
+LONG = "501_convolution 502_channelwise 503_selfcontrast 504_localclassifiers 505_distance 907_cli 909_reliability 923_estimator"
+
+
 class Cells(pytest.Item):
     def runtest(self):
+        if self.path.stem in LONG.split() and not self.config.getoption("--slow"):
+            pytest.skip("a long chapter: runs with --slow")
         if error := worker.run(self.path, ["slow"] if self.config.getoption("--slow") else []):
             raise NotebookError(error)
 

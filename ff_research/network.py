@@ -145,6 +145,8 @@ class Network(nn.Module):
     def prepare(self, x):
         "Inputs of the first layer from images `[rows, …]` or `Rows`; see `layers.prepare`."
         inputs = self.num_inputs
+        if inputs is None and isinstance(self.layers[0], FFLinear):  # flat, and as many as there are
+            inputs = x.shape[1:].numel()
         if self.inputs != "centred":
             return prepare(x, inputs, self.dtype, self.inputs)
         if self.center is None:

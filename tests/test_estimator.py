@@ -38,6 +38,7 @@ def test_none_of_scikit_learns_checks_fails_with_the_defaults():
     assert failed(ff.FFClassifier()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fetch, most", [(load_wine, 5), (load_breast_cancer, 5), (load_digits, 4)])
 def test_defaults_do_well_untuned(fetch, most):
     X, y = fetch(return_X_y=True)

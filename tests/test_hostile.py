@@ -689,7 +689,7 @@ def test_files_of_odd_names_are_named_on_one_line(name, tmp_path, monkeypatch):
     ids=lambda changes: reprlib.repr(changes)[:40],
 )
 def test_nonsense_in_a_recipe_is_refused_before_a_network_is_made(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "Network", fuzz.reached)
+    monkeypatch.setattr(runs, "network_of", fuzz.reached)
     with guarded(tmp_path):
         assert judged(fuzz.made(**changes)) is None
     assert list(tmp_path.iterdir()) == []
@@ -715,7 +715,7 @@ def test_names_that_no_recipe_has(name, tmp_path):
 
 @pytest.mark.parametrize("seed", ["0", "../../up", None, 0.5, float("nan"), 2**64, [0], "a\0b"])
 def test_seeds_are_whole_numbers(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "Network", fuzz.reached)
+    monkeypatch.setattr(runs, "network_of", fuzz.reached)
     with guarded(tmp_path):
         for call in (
             lambda: run(RECIPES["digits"], seed),

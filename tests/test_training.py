@@ -310,7 +310,12 @@ def test_every_layer_learns(digits, schedule, precision):
 def test_backprop_fits_digits(digits, optimizer):
     network = Network([64, 100, 100])
     history = train_backprop(
-        network, digits, epochs=10, optimizer=optimizer, lr=0.03 if optimizer == "sgd" else 3e-3, **QUIET
+        network,
+        digits,
+        epochs=10,
+        optimizer=optimizer,
+        lr={"sgd": 0.03, "plain_sgd": 0.3, "adamw": 3e-3}[optimizer],
+        **QUIET,
     )
     assert history.column("separation")[-1][0] > 0.97 and network.head.weight.shape == (10, 100)
 
@@ -638,7 +643,7 @@ def test_choices_left_to_the_machine():
         and best_precision() in ("fp32", "bf16")
     )
     assert (
-        set(LR_SCHEDULES) == {"cool_down", "constant", "exponential"}
+        set(LR_SCHEDULES) == {"cool_down", "constant", "exponential", "cosine"}
         and callable(read_checkpoint)
         and Images is not None
     )

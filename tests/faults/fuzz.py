@@ -2391,7 +2391,7 @@ def call_recipe(rng, folder, given):
         mock.patch.object(runs, "load", lambda name, **options: images if name == "digits" else load(name, **options))
     ]
     if refuse:
-        guards.append(mock.patch.object(runs, "Network", reached))
+        guards.append(mock.patch.object(runs, "network_of", reached))
     with guarded(folder) as told, contextlib.ExitStack() as stack:
         for guard in guards:
             stack.enter_context(guard)
