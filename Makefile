@@ -33,7 +33,7 @@ $(READY): settings.ini setup.py constraints.txt
 demo: setup  ## train every strategy, backprop and references on bundled digits, print both read-outs, draw a figure
 	@$(BIN)/ff-research compare
 
-test: setup  ## run every chapter and every test (ARGS="-k data --slow" to choose)
+test: setup  ## run the tests, and the chapters but the eight longest (ARGS=--slow for all, ARGS="-k data" to choose)
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 coverage: setup  ## the same, with the lines of the package that nothing ran

@@ -112,7 +112,8 @@ class Notebook(pytest.File):
 
 
 # Chapters that train longest; what they export has tests of its own.
-LONG = "501_convolution 502_channelwise 503_selfcontrast 504_localclassifiers 505_distance 907_cli 909_reliability 923_estimator"
+LONG = """501_convolution 502_channelwise 503_selfcontrast 504_localclassifiers 505_distance 907_cli 909_reliability
+923_estimator"""
 
 
 class Cells(pytest.Item):

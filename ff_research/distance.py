@@ -19,8 +19,9 @@ from .strategies import PlainPositives, register
 def margin_loss(d, y, known, margin):
     """The hinge N-pair margin on distances to class centroids, a scalar: the mean over rows of `sum_j hinge`.
 
-    hinge: `max(0, d_y - d_j + margin)` for each class j other than y. d: distances `[rows, classes]`; y: labels `[rows]`,
-    -100 where there is none; known: bool `[classes]`, which classes have a centroid; others, and rows of them, do not count.
+    hinge: `max(0, d_y - d_j + margin)` for each class j other than y. d: distances `[rows, classes]`; y: labels
+    `[rows]`, -100 where there is none; known: bool `[classes]`, which classes have a centroid; others, and rows of
+    them, do not count.
     """
     label = y.clamp_min(0).long()
     own = d.gather(1, label[:, None])
@@ -30,7 +31,7 @@ def margin_loss(d, y, known, margin):
 
 
 def moved(centroids, known, f, y, momentum):
-    """Centroids `[classes, numbers]` after a batch of features `[rows, numbers]`: a moving average of each class's mean.
+    """Centroids `[classes, numbers]` after a batch `[rows, numbers]`: a moving average of each class's mean.
 
     A class without a row in the batch stays where it is; one that is seen for the first time starts at its mean.
     Gives the centroids and which classes have one.
@@ -46,8 +47,8 @@ class DistanceObjective(ClassScores):
     """Distance-Forward-style: an activity should be nearer to its class's centroid than to any other, by a margin.
 
     A reconstruction after descriptions of Wu et al. (2024), not their program. Features are the activity, averaged over
-    positions, through a learned matrix to `projection` numbers where that is not 0, and divided by their length. Scores are
-    minus the distances to the centroids, which are moving averages: buffers, without a gradient.
+    positions, through a learned matrix to `projection` numbers where that is not 0, and divided by their length. Scores
+    are minus the distances to the centroids, which are moving averages: buffers, without a gradient.
     """
 
     FAR = 4.0  # the distance to a class that was never seen; unit features are at most 2 apart
@@ -68,7 +69,8 @@ class DistanceObjective(ClassScores):
         self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))
 
     def extra_repr(self):
-        return f"{self.units}, {self.num_classes}, margin={self.margin}, momentum={self.momentum}, projection={self.projection}"
+        more = f"margin={self.margin}, momentum={self.momentum}, projection={self.projection}"
+        return f"{self.units}, {self.num_classes}, {more}"
 
     def features(self, h):
         "Unit vectors `[rows, numbers]` from an activity `[rows, units, …]`."
@@ -105,7 +107,7 @@ class DistanceObjective(ClassScores):
 # %% ../nbs/505_distance.ipynb #c5050014
 @register
 class DistanceStrategy(PlainPositives):
-    """Distance-Forward-style: no negatives, each layer learns distances to class centroids of its own; a reconstruction.
+    """Distance-Forward-style: no negatives, each layer has class centroids of its own; a reconstruction.
 
     margin, momentum, projection: as in `DistanceObjective`. After descriptions of Wu et al. (2024), not their program.
     """

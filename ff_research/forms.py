@@ -54,7 +54,7 @@ def log_sum_exp_squares(h, temperature=1.0):
 
 
 def ratio_of_halves(h):
-    "The share of the first half of the units in a row's energy, `[batch, units]` to `[batch]`, 0 to 1; 0.5 for silence."
+    "The first half's share in a row's energy, `[batch, units]` to `[batch]`, 0 to 1; 0.5 for silence."
     half = h.shape[-1] // 2
     own, other = sum_of_squares(h[..., :half].contiguous()), sum_of_squares(h[..., half:].contiguous())
     return (own + EPS) / (own + other + 2 * EPS)

@@ -87,7 +87,7 @@ def loss_of(recipe):
 
 # %% ../nbs/918_leaderboard.ipynb #8593e49a
 def name_of(recipe):
-    "What readers call a recipe's method: strategy, loss, layer collaboration, schedule, and rates if each layer has one."
+    "What readers call a recipe's method: strategy, loss, collaboration, schedule, and rates if each layer has one."
     loss = recipe.objective.name if recipe.method == "ff" and recipe.objective.name != "hinton" else None
     parts = [
         method_of(recipe).name,

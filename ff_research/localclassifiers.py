@@ -105,7 +105,7 @@ class LocalClassifier(ClassScores):
         seen = seen_by(h, self.head, self.side).to(self.weight.dtype)
         if seen.shape[2] != self.weight.shape[1]:
             raise ValueError(
-                f"the head {self.head!r} takes {self.weight.shape[1]} numbers, but this activity has {seen.shape[2]} for it"
+                f"the head {self.head!r} takes {self.weight.shape[1]} numbers, but this activity has {seen.shape[2]}"
             )
         z = F.linear(seen, self.weight, self.bias)
         return z.log_softmax(2).mean(1) if self.head == "patches" else z[:, 0]
@@ -126,8 +126,8 @@ class LocalClassifier(ClassScores):
 class LocalClassifierStrategy(PlainPositives):
     """No negatives: each layer learns with a classifier of its own.
 
-    head, side, bias, smoothing: of `LocalClassifier`. loss: "pred" (cross-entropy), or "predsim" with the share `beta` of
-    similarity matching. Source: Gong et al. (2025), Mono-Forward; Nøkland and Eidnes (2019) for the rest.
+    head, side, bias, smoothing: of `LocalClassifier`. loss: "pred" (cross-entropy), or "predsim" with the share `beta`
+    of similarity matching. Source: Gong et al. (2025), Mono-Forward; Nøkland and Eidnes (2019) for the rest.
     """
 
     name = "local_classifier"

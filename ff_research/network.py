@@ -66,7 +66,8 @@ class Network(nn.Module):
     or "plain". iterations: for layers that read themselves or the layer above; the way up is followed by so many
     synchronous updates of all layers, of which those in `learn_at` (counted from 0, the way up) train and those in
     `read_at` are read. pooled: the side to which feature maps are averaged before a probe or a comparison reads them,
-    or below 1 a share of their own side (0.5 halves it); None reads every position. Raises ValueError where widths or layers do not fit together.
+    or below 1 a share of their own side (0.5 halves it); None reads every position. Raises ValueError where widths or
+    layers do not fit together.
     """
 
     def __init__(
@@ -325,8 +326,8 @@ def activities(network, x, normalised=True, power=1):
 def as_features(h, pooled=None):
     """An activity `[rows, …]` as a probe reads it, float32 `[rows, numbers]`.
 
-    pooled: feature maps `[rows, channels, height, width]` of a larger side are averaged down to it first; a number below
-    1 is a share of each map's own side.
+    pooled: feature maps `[rows, channels, height, width]` of a larger side are averaged down to it first; a number
+    below 1 is a share of each map's own side.
     """
     if pooled and h.ndim == 4:
         sides = [min(side, pooled) if pooled >= 1 else max(1, round(side * pooled)) for side in h.shape[2:]]

@@ -51,8 +51,8 @@ class ClassPatternStrategy(Strategy):
         "Raises ValueError for a network none of whose layers reads the label."
         if not any("label" in getattr(layer, "reads", ()) for layer in network.layers):
             raise ValueError(
-                'class_pattern gives the label as an input by name, which no layer reads; take layers with reads=(-1, "label"), '
-                'as NETWORKS["mlp_with_labels"] makes them'
+                "class_pattern gives the label as an input by name, which no layer reads; take layers with "
+                'reads=(-1, "label"), as NETWORKS["mlp_with_labels"] makes them'
             )
 
     def create_positive(self, x, y):

@@ -249,7 +249,7 @@ def features(
         parts.append([as_features(a, network.pooled) for a in activities(read, part, normalised, power)])
         if (bytes_of_all := sum(f[0].nbytes for f in parts[0]) * len(x)) > LARGEST:
             raise ValueError(
-                f"the features of {len(x)} images would take {bytes_of_all / 2**30:.0f} GiB; feature maps can be averaged "
+                f"the features of {len(x)} images would take {bytes_of_all / 2**30:.0f} GiB; maps can be averaged "
                 "first: network.pooled = 2 (or Network(layers, pooled=2)) reads 2 x 2 positions of each"
             )
     return [torch.cat(layer) for layer in zip(*parts)]

@@ -220,7 +220,8 @@ class ObjectivePart(Part):
 class SchedulePart(Part):
     """`name`: who learns when. `epochs`: one number, or one a layer if greedy. `collaboration`: None, all or previous.
 
-    `spans`: [first, end] of each layer that learns, with "together": it learns in these epochs only (`schedules.spans`).
+    `spans`: [first, end] of each layer that learns, with "together": it learns in these epochs only
+    (`schedules.spans`).
     """
 
     name: _known(SCHEDULES) = "together"

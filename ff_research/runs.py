@@ -220,7 +220,7 @@ def _probed(recipe, network, images, refit=False, missed=None, **where):
 
 
 def goodness_of(recipe):
-    "The goodness by which labels are read, None: the usual; its logarithm where the objective has no scale (@sec-entropy)."
+    "The goodness by which labels are read, None: the usual; a logarithm where it has no scale (@sec-entropy)."
     named = dict(recipe.objective.options).get("goodness")
     return log_goodness if recipe.objective.name == "entropic" else GOODNESSES[named] if named else None
 

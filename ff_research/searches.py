@@ -33,7 +33,8 @@ def stages(recipe, recipes=None):
 def validation_error(row):
     """A row's error in % on the validation images: the mean over the read-outs that it was asked for.
 
-    These are labels, the trained head, the layers' class scores together, and the probe of all upper layers or the last; 100 for a trial that diverged.
+    These are labels, the trained head, the layers' class scores together, and the probe of all upper layers or the
+    last; 100 for a trial that diverged.
     """
     errors = row["errors"]["validation"]
     found = [errors[key] for key in ("per_label", "head") if key in errors]

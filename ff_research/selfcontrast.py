@@ -28,7 +28,8 @@ def paired_convolution(padded, weight, bias, spread=None):
     """Convolution of standardised images, or of standardised pairs of them, with one kernel for both of a pair.
 
     padded: float32 `[n, channels, height, width]`; spread: the mean over each pair of whatever has one row an image
-    (`Paired.spread`), or None: the images go by themselves. Gives `[n or rows, units, …]`. Each image is convolved once.
+    (`Paired.spread`), or None: the images go by themselves. Gives `[n or rows, units, …]`. Each image is convolved
+    once.
     """
     images, count = padded.flatten(1), 1 if spread is None else 2
     product, mean, square = F.conv2d(padded, weight), images.mean(1), images.square().mean(1)
@@ -49,7 +50,7 @@ POOLS = {  # name: function, side of the window, stride, padding
 
 
 def pooled_by(h, pool):
-    "Feature maps `[rows, channels, height, width]` pooled by a name of `POOLS`; windows may stand out at the far border."
+    "Maps `[rows, channels, height, width]` pooled by a name of `POOLS`; windows may stand out at the far border."
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r}; known: {', '.join(POOLS)}")
     if POOLS[pool] is None:
@@ -76,10 +77,11 @@ def reflected(x, kernel):
 class SelfContrastConv(Layer):
     """A convolutional layer of SCFF. Source: Chen et al. (2025) and their code.
 
-    forward takes feature maps `[rows, inputs, height, width]` or `Paired` ones and gives ReLU(z) `[rows, channels, height,
-    width]`, z as in `paired_convolution`. Handed on is the activation ("triangle": ReLU(z - mean over channels); "relu"),
-    pooled (a name of `POOLS`) and standardised in each row. decay, every: the layer's learning rate is multiplied by
-    `decay` after `every` updates; weight_decay: its own one; None: that of the training. Weights start as Glorot's.
+    forward takes feature maps `[rows, inputs, height, width]` or `Paired` ones and gives ReLU(z) `[rows, channels,
+    height, width]`, z as in `paired_convolution`. Handed on is the activation ("triangle": ReLU(z - mean over
+    channels); "relu"), pooled (a name of `POOLS`) and standardised in each row. decay, every: the layer's learning rate
+    is multiplied by `decay` after `every` updates; weight_decay: its own one; None: that of the training. Weights start
+    as Glorot's.
     """
 
     sums_pairs = True  # a pair is the sum of its images, not their mean
@@ -163,8 +165,8 @@ class Decaying(Learner):
 def contrast_loss(g_pos, g_neg, theta_pos, theta_neg, penalty=0.0, scale=1.0):
     """SCFF's loss for maps of goodness `[images, positions]`, a scalar; both are multiplied by `scale` first.
 
-    theta_pos, theta_neg: thresholds, the former below the latter; penalty: on the length of each image's map of goodness.
-    Source: Chen et al. (2025), code.
+    theta_pos, theta_neg: thresholds, the former below the latter; penalty: on the length of each image's map of
+    goodness. Source: Chen et al. (2025), code.
     """
     g_pos, g_neg = scale * g_pos, scale * g_neg
     length = torch.linalg.vector_norm(g_pos, dim=1).mean()
@@ -173,7 +175,7 @@ def contrast_loss(g_pos, g_neg, theta_pos, theta_neg, penalty=0.0, scale=1.0):
 # %% ../nbs/503_selfcontrast.ipynb #c5030026
 @register
 class ContrastMapsStrategy(PlainPositives):
-    """SCFF for images: each beside itself against each beside another of the batch. Source: Chen et al. (2025) and code.
+    """SCFF for images: each beside itself against each beside another. Source: Chen et al. (2025) and code.
 
     thetas: (theta_pos, theta_neg) of each layer; penalties, pairs: likewise; the last entry again for deeper layers.
     pairs: whether a layer pairs anew what the layer below hands on for positives (True), or both streams go on (False).
@@ -278,8 +280,9 @@ def scff(
 def soft_hebb_change(x, u, weight, beta):
     """SoftHebb's change of a kernel `[units, channels, k, k]`, scaled so that its largest entry is 1 in size.
 
-    x: what the kernel read, padded `[rows, channels, …]`; u: its weighted input `[rows, units, height, width]`; beta: the
-    inverse temperature. At each position the winner learns, and all others unlearn. Source: Journé et al. (2023) and code.
+    x: what the kernel read, padded `[rows, channels, …]`; u: its weighted input `[rows, units, height, width]`; beta:
+    the inverse temperature. At each position the winner learns, and all others unlearn. Source: Journé et al. (2023)
+    and code.
     """
     share = (beta * u).softmax(1)
     sign = torch.full_like(share, -1.0).scatter_(1, u.argmax(1, keepdim=True), 1.0)
@@ -289,12 +292,12 @@ def soft_hebb_change(x, u, weight, beta):
 
 # %% ../nbs/503_selfcontrast.ipynb #c5030040
 class SoftHebbConv(Layer):
-    """A convolutional layer that learns by SoftHebb's rule instead of a loss. Source: Journé et al. (2023) and their code.
+    """A convolution that learns by SoftHebb's rule instead of a loss. Source: Journé et al. (2023) and code.
 
     forward takes feature maps `[rows, inputs, height, width]`, normalises them over the batch, convolves them without a
-    bias, takes what lies above the mean of the channels to a `power`, and pools (a name of `POOLS`); the result is handed
-    on as it is. beta: inverse temperature of the competition. Weights start as N(0, 625 / fan-in), far longer than the 1 to
-    which the rule brings them.
+    bias, takes what lies above the mean of the channels to a `power`, and pools (a name of `POOLS`); the result is
+    handed on as it is. beta: inverse temperature of the competition. Weights start as N(0, 625 / fan-in), far longer
+    than the 1 to which the rule brings them.
     """
 
     def __init__(self, inputs, channels, kernel=3, *, beta=1.0, power=1.0, pool="max4", generator=None):
@@ -336,8 +339,8 @@ class SoftHebbConv(Layer):
 class Hebbian(Learner):
     """A `SoftHebbConv` that learns by its rule; optimiser, weight decay and objective of the training are not used.
 
-    The rate of a unit is `lr * |1 - length of its weights| ** 0.5`. `learn` reports how far the lengths are from 1 as the
-    loss, and the winner's share, averaged over positions, as the goodness.
+    The rate of a unit is `lr * |1 - length of its weights| ** 0.5`. `learn` reports how far the lengths are from 1 as
+    the loss, and the winner's share, averaged over positions, as the goodness.
     """
 
     def __init__(self, layer, objective, optimizer, lr, weight_decay, precision="fp32"):
@@ -369,10 +372,10 @@ class Hebbian(Learner):
 
 # %% ../nbs/503_selfcontrast.ipynb #c5030043
 class SoftWinners(Objective):
-    """A soft competition of units by gradient, for layers without a Hebbian rule: one unit should stand out for each input.
+    """A soft competition of units by gradient, for layers without the rule: one unit should stand out for each input.
 
-    The goodness is `log mean_k exp(beta * h_k / rms(h))`, averaged over positions. It is not SoftHebb, and nothing keeps
-    one unit from winning everywhere; a `SoftHebbConv` does not use it.
+    The goodness is `log mean_k exp(beta * h_k / rms(h))`, averaged over positions. It is not SoftHebb, and nothing
+    keeps one unit from winning everywhere; a `SoftHebbConv` does not use it.
     """
 
     def __init__(self, beta=1.0):
@@ -393,7 +396,10 @@ class SoftWinners(Objective):
 
 @register
 class SoftHebbStrategy(PlainPositives):
-    "SoftHebb: images alone, no negatives, no labels; `SoftHebbConv` layers learn by their rule. Source: Journé et al. (2023)."
+    """SoftHebb: images alone, no negatives, no labels; `SoftHebbConv` layers learn by their rule.
+
+    Source: Journé et al. (2023).
+    """
 
     name = "softhebb"
     has_negatives = False

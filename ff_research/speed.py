@@ -117,8 +117,8 @@ def step_against_convolutions(
 ):
     """Time of the bare convolutions as a share of a whole training step of a convolutional network on the CPU.
 
-    The network is `convolution.conv`, each layer of which learns by a projection of its own (`mono_forward`). Gives what
-    `step_against_products` does.
+    The network is `convolution.conv`, each layer of which learns by a projection of its own (`mono_forward`). Gives
+    what `step_against_products` does.
     """
     network = NETWORKS["conv"](shape, widths)
     step = _one_step(network, shape, STRATEGIES["mono_forward"](10), batch_size, precision)
