@@ -48,10 +48,23 @@ def check_pools(shape, pools):
 
 # %% ../nbs/501_convolution.ipynb #c5010011
 @register_network
-def conv(shape, widths, seed=0, *, inputs=None, kernel=3, pool=2, norm="batch_first", pooled=2, label_channel=0):
+def conv(
+    shape,
+    widths,
+    seed=0,
+    *,
+    inputs=None,
+    kernel=3,
+    pool=2,
+    pooling="max",
+    norm="batch_first",
+    pooled=2,
+    label_channel=0,
+):
     """Convolutional layers with `widths` channels for images of `shape` (channels, height, width).
 
-    kernel, pool, norm: of `FFConv`; kernel and pool may be lists, one number a layer. pooled: the side to which feature
+    kernel, pool, norm: of `FFConv`; kernel and pool may be lists, one number a layer; norm="row" is its None. pooling:
+    "max", "average", or "stride", which takes every `pool`-th position instead. pooled: the side to which feature
     maps are averaged for probes (`Network`). label_channel: the number of classes whose label the first layer reads as
     a further channel (`LabelConv`), for the strategy of that name; 0 for none. The weights are drawn from a generator
     of their own. Raises ValueError for images that are too small for the pooling.
@@ -59,9 +72,11 @@ def conv(shape, widths, seed=0, *, inputs=None, kernel=3, pool=2, norm="batch_fi
     generator, channels = torch.Generator().manual_seed(seed), [shape[0], *widths]
     kernels, pools = for_each(kernel, widths, "kernel"), for_each(pool, widths, "pool")
     check_pools(shape, pools)
+    one_of(pooling, ("max", "average", "stride"), "pooling")
     layers = []
     for height, (a, b, k, p) in enumerate(zip(channels, channels[1:], kernels, pools)):
-        options = dict(pool=p, norm=norm, generator=generator)
+        options = dict(norm=None if norm == "row" else norm, generator=generator)
+        options |= dict(stride=p or 1) if pooling == "stride" else dict(pool=p, pooling=pooling)
         if height == 0 and label_channel:
             layers.append(LabelConv(shape, b, k, num_classes=label_channel, **options))
         else:
@@ -256,9 +271,20 @@ class LabelConv(FFConv):
     """
 
     def __init__(
-        self, shape, channels, kernel=3, *, num_classes, stride=1, pool=0, norm=None, dropout=0.0, generator=None
+        self,
+        shape,
+        channels,
+        kernel=3,
+        *,
+        num_classes,
+        stride=1,
+        pool=0,
+        pooling="max",
+        norm=None,
+        dropout=0.0,
+        generator=None,
     ):
-        options = dict(stride=stride, pool=pool, norm=norm, dropout=dropout, generator=generator)
+        options = dict(stride=stride, pool=pool, pooling=pooling, norm=norm, dropout=dropout, generator=generator)
         super().__init__(shape[0] + 1, channels, kernel, reads=(-1, "label"), **options)
         self.shape, self.num_classes = tuple(shape), num_classes
         self.embedding = nn.Parameter(torch.randn(num_classes, math.prod(shape[1:]), generator=generator))

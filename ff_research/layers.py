@@ -157,12 +157,12 @@ class FFConv(Layer):
     """A convolutional Forward-Forward layer: convolution, ReLU, then pooling and batch normalisation where asked for.
 
     forward takes feature maps `[rows, inputs, height, width]` (several are joined along the channels) and gives the
-    activity `[rows, channels, height, width]`. pool: side of the max-pooling windows, 0 for none. norm: None hands on
-    each row divided by its root mean square; "batch" normalises the activity itself (BatchNorm), before its goodness is
-    read, and hands it on as it is; "batch_first" does so between convolution and ReLU; "channel" hands on each channel
-    of each row with mean 0 and variance 1. groups: of channels that see each other only. dropout: share of activities
-    set to 0 while learning. Weights start as N(0, 2 / (inputs/groups * kernel^2)), biases at 0: an input of root mean
-    square 1 gives an activity of about the same, whatever the depth.
+    activity `[rows, channels, height, width]`. pool: side of the pooling windows, 0 for none; pooling: "max" or
+    "average". norm: None hands on each row divided by its root mean square; "batch" normalises the activity itself
+    (BatchNorm), before its goodness is read, and hands it on as it is; "batch_first" does so between convolution and
+    ReLU; "channel" hands on each channel of each row with mean 0 and variance 1. groups: of channels that see each
+    other only. dropout: share of activities set to 0 while learning. Weights start as N(0, 2 / (inputs/groups *
+    kernel^2)), biases at 0: an input of root mean square 1 gives an activity of about the same, whatever the depth.
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class FFConv(Layer):
         *,
         stride=1,
         pool=0,
+        pooling="max",
         groups=1,
         norm=None,
         dropout=0.0,
@@ -185,7 +186,9 @@ class FFConv(Layer):
         if inputs % groups or channels % groups:
             raise ValueError(f"groups={groups} must divide the {inputs} input channels and the {channels} channels")
         self.inputs, self.channels, self.units, self.kernel, self.stride = inputs, channels, channels, kernel, stride
-        self.pool, self.groups, self.norm, self.dropout = pool, groups, norm, dropout
+        if pooling not in ("max", "average"):
+            raise ValueError(f"pooling={pooling!r}: expected 'max' or 'average'")
+        self.pool, self.pooling, self.groups, self.norm, self.dropout = pool, pooling, groups, norm, dropout
         self.reads = tuple(reads)
         self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding=(kernel - 1) // 2, groups=groups)
         nn.init.normal_(self.conv.weight, std=math.sqrt(2 * groups / (inputs * kernel**2)), generator=generator)
@@ -194,7 +197,8 @@ class FFConv(Layer):
         self.batch_norm = nn.BatchNorm2d(channels) if norm in ("batch", "batch_first") else None
 
     def extra_repr(self):
-        return f"pool={self.pool}, norm={self.norm}, dropout={self.dropout}, reads={self.reads}"
+        how = f"{self.pooling} " * (self.pooling != "max")
+        return f"pool={how}{self.pool}, norm={self.norm}, dropout={self.dropout}, reads={self.reads}"
 
     def forward(self, *xs):
         x = xs[0] if len(xs) == 1 else torch.cat([written_out(x) for x in xs], 1)
@@ -204,7 +208,8 @@ class FFConv(Layer):
         h = F.dropout((self.batch_norm(z) if self.norm == "batch_first" else z).relu(), self.dropout, self.training)
         if self.pool and min(h.shape[2:]) < self.pool:
             raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")
-        h = F.max_pool2d(h, self.pool) if self.pool else h
+        if self.pool:
+            h = F.max_pool2d(h, self.pool) if self.pooling == "max" else F.avg_pool2d(h, self.pool)
         return self.batch_norm(h) if self.norm == "batch" else h
 
     def hand_on(self, h):

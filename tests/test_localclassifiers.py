@@ -17,14 +17,11 @@ from ff_research.localclassifiers import (
     HEADS,
     LocalClassifier,
     LocalClassifierStrategy,
-    LocalConv,
-    local_conv,
     prediction_loss,
     seen_by,
     similarity,
     similarity_loss,
 )
-from ff_research.network import activities
 from ff_research.objectives import ChannelCompetition, ProjectionObjective
 from ff_research.readout import scores_errors
 from ff_research.recipes import RECIPES, Recipe
@@ -47,7 +44,7 @@ def few(digits):
 
 
 def made(seed=0, widths=(8, 16, 16), **options):
-    return local_conv((1, 8, 8), widths, seed, pool=[0, 2, 2][: len(widths)], inputs="centred", **options)
+    return conv((1, 8, 8), widths, seed, pool=[0, 2, 2][: len(widths)], inputs="centred", **options)
 
 
 def drawn(*shape, seed=0):
@@ -130,7 +127,7 @@ def test_one_step_is_that_of_plain_autograd(options, digits):
     "Every layer and its head after one step of descent, from PyTorch's own functions."
     images = replace(digits, x_train=digits.x_train[:60], y_train=digits.y_train[:60])
     x, y, lr, strategy = images.x_train, images.y_train, 0.3, LocalClassifierStrategy(10, **options)
-    plain, network = (local_conv((1, 8, 8), [6, 8], pool=[2, 2]) for _ in range(2))
+    plain, network = (conv((1, 8, 8), [6, 8], pool=[2, 2]) for _ in range(2))
     expected = []
     h = plain.prepare(x)
     for depth, layer in enumerate(plain.layers, start=1):
@@ -162,23 +159,15 @@ def test_one_step_is_that_of_plain_autograd(options, digits):
 # The network
 
 
-@pytest.mark.parametrize("norm", ["batch_first", "batch", "channel"])
-def test_with_max_pooling_it_is_the_plain_network_to_the_bit(norm):
-    a, b = (network((3, 16, 16), [8, 12], 3, pool=[2, 0], norm=norm) for network in (conv, local_conv))
-    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    assert all(torch.equal(p, q) for p, q in zip(activities(a, x), activities(b, x)))
-
-
 def test_pooling_averages_or_strides():
     x = drawn(3, 4, 8, 8)
-    layers = {how: LocalConv(4, 6, pool=2, pooling=how, generator=torch.Generator()) for how in ("max", "average", "stride")}  # fmt: skip
+    layers = {how: conv((4, 8, 8), [6], pooling=how).layers[0] for how in ("max", "average", "stride")}
     for layer in layers.values():
         layer.load_state_dict(layers["max"].state_dict())
     z = F.relu(layers["max"].eval().batch_norm(layers["max"].conv(x)))
     for layer, expected in zip(layers.values(), (F.max_pool2d(z, 2), F.avg_pool2d(z, 2), z[..., ::2, ::2])):
         torch.testing.assert_close(layer.eval()(x), expected)
-    row = local_conv((4, 8, 8), [6], norm="row", pool=[2]).layers[0]
+    row = conv((4, 8, 8), [6], norm="row", pool=[2]).layers[0]
     out = row.hand_on(row(x))
     torch.testing.assert_close(out.square().mean((1, 2, 3)), torch.ones(3), rtol=1e-4, atol=1e-4)
 
@@ -189,7 +178,7 @@ def test_images_of_any_size_train_and_are_read(shape, options):
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(40, *shape, generator=g), torch.arange(40) % 4
     images = from_arrays("own", x[:30], y[:30], x[30:], y[30:])
-    network = local_conv(shape, [8, 8], pool=2, pooling="average", inputs="centred")
+    network = conv(shape, [8, 8], pool=2, pooling="average", inputs="centred")
     train(network, images, LocalClassifierStrategy(4, **options), 1, **QUIET)
     assert set(scores_errors(network, images, **WHERE)) == {"layer_1", "layer_2", "sum"}
 
@@ -205,9 +194,9 @@ def test_what_does_not_fit_is_said(few):
         (lambda: own(beta=-0.1), "beta=-0.1: expected a share"),
         (lambda: LocalClassifier(5, 3, head="flat").scores(torch.ones(2, 5)), "takes 80 numbers, .* has 5"),
         (lambda: LocalClassifier(5, 3).scores(torch.ones(2, 6, 2, 2)), "takes 5 numbers, .* has 6"),
-        (lambda: LocalConv(1, 4, pooling="mean"), "max"),
-        (lambda: local_conv((1, 3, 3), [4, 4]), "3 x 3 are too small"),
-        (lambda: train(local_conv((3, 8, 8), [4]), few, own(), 1, **QUIET), r"takes \[rows, 3"),
+        (lambda: conv((1, 8, 8), [4], pooling="mean"), "max"),
+        (lambda: conv((1, 3, 3), [4, 4]), "3 x 3 are too small"),
+        (lambda: train(conv((3, 8, 8), [4]), few, own(), 1, **QUIET), r"takes \[rows, 3"),
         (lambda: train(ff.Network([torch.nn.Linear(64, 5)]), few, own(), 1, **QUIET), "attribute `units`"),
         (lambda: Recipe(name="own", data="digits").vary(strategy="local_classifier", strategy_options=(("haed", 1),)),
          "did you mean 'head'"),
