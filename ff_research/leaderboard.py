@@ -42,6 +42,14 @@ METHODS = {
     "adversarial": Method("FF without labels, adversarial images", "no", "the image moved to raise the goodness"),
     "self_contrastive": Method("SCFF-style", "no", "an image beside another one", "Chen et al. (2025)"),
     "mono_forward": Method("Local classifier", "predicted", "none", "Gong et al. (2025)"),
+    "local_classifier": Method("Local classifier", "predicted", "none", "Gong et al. (2025)"),
+    "channel_competition": Method("Channel competition", "predicted", "none", "Papachristodoulou et al. (2024)"),
+    "distance": Method("Distance-Forward-style", "predicted", "none"),
+    "spread_labels": Method("FF, labels over the image", "contrasted", "a wrong label, drawn uniformly"),
+    "label_channel": Method("FF, label as a channel", "contrasted", "a wrong label, drawn uniformly"),
+    "class_pattern": Method("FF, label at every layer", "contrasted", "a wrong label, drawn uniformly"),
+    "scff": Method("SCFF-style", "no", "an image beside another one", "Chen et al. (2025)"),
+    "softhebb": Method("SoftHebb-style", "no", "none", "Journé et al. (2023)"),
 }
 BASELINES = {
     "backprop": Method("Backprop", "predicted", "none"),
@@ -56,6 +64,11 @@ OWN_LOSSES = {
     "mono_forward": "cross-entropy",
     "all_labels": "softmax over the labels' goodness",
     "self_contrastive": "two thresholds",
+    "scff": "two thresholds",
+    "local_classifier": "cross-entropy",
+    "channel_competition": "cross-entropy of the channels' goodness",
+    "distance": "hinge on distances to centroids",
+    "softhebb": "none, a Hebbian rule",
 }
 PAPERS = {"symba": "Lee and Song (2023)", "swish_symba": "dah33 (2023)", "entropic": "Lorberbom et al. (2024)"}
 
@@ -120,7 +133,9 @@ def has_line(recipe, rows):
 def read_outs(row):
     "The keys of read-outs A and B in a row, None for one that it does not have."
     errors = value(row, "errors.test") or {}
-    own = next((key for key in ("per_label", "head", "scores") if isinstance(errors.get(key), float)), None)
+    own = next((key for key in ("per_label", "head") if isinstance(errors.get(key), float)), None)
+    if own is None and errors.get("scores"):  # of all layers together, the last
+        own = f"scores.{list(errors['scores'])[-1]}"
     for kind in ("probe", "ridge"):
         names = list(errors.get(kind) or ())
         if names:
@@ -141,6 +156,8 @@ DATA = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10
 def network_of(recipe):
     'The widths in words: "3 x 500", or "74, 200, 200" where they differ.'
     widths = recipe.network.widths
+    if recipe.network.name not in ("mlp", "mlp_with_labels"):
+        return f"{recipe.network.name}, {'-'.join(map(str, widths))}"
     return f"{len(widths)} x {widths[0]}" if len(set(widths)) == 1 else ", ".join(map(str, widths)) or "none"
 
 

@@ -380,3 +380,20 @@ def test_the_part_comes_first():
     part = next(entry for entry in book["book"]["chapters"] if isinstance(entry, dict))
     assert part["part"] == "Start" and part["chapters"] == [f"nbs/{stem}.ipynb" for stem in START]
     assert "nbs/leaderboard.html" in book["project"]["resources"]
+
+
+def test_the_leaderboard_knows_every_strategy_and_reads_class_scores():
+    from ff_research.leaderboard import METHODS, OWN_LOSSES, loss_of, network_of, read_outs
+    from ff_research.recipes import RECIPES
+    from ff_research.strategies import STRATEGIES
+
+    ours = {name for name, cls in STRATEGIES.items() if cls.__module__.startswith("ff_research.")}
+    assert ours == set(METHODS) and set(OWN_LOSSES) <= ours
+    for name, cls in STRATEGIES.items():
+        if name in METHODS:
+            assert (METHODS[name].labels == "contrasted") == cls.contrasts_labels, name
+            assert (METHODS[name].negatives == "none") == (not cls.has_negatives or name == "softhebb"), name
+    conv = RECIPES["cifar10-conv-channels"]
+    assert network_of(conv) == "conv, 60-130-260-510" and "channels" in loss_of(conv)
+    errors = dict(scores=dict(layer_1=50.0, sum=30.0), ridge=dict(layer_1=40.0, layers_2_to_4=28.0))
+    assert read_outs(dict(errors=dict(test=errors))) == ("errors.test.scores.sum", "errors.test.ridge.layers_2_to_4")
