@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'IN_SHORT', 'Claim', 'Claims', 'read_claims', 'comparisons', 'totals', 'derive', 'won', 'text_of',
-           'uncovered', 'finding_texts', 'problems', 'number_of', 'claims_table', 'main']
+           'uncovered', 'finding_texts', 'problems', 'claims_table', 'main']
 
 # %% ../nbs/915_claims.ipynb #fa0a2828
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .results import as_table, published, value
-from .statistics import corrected, difference, interval, rank_correlation, wrong_images
+from .statistics import corrected, difference, interval, number_of, rank_correlation, wrong_images
 
 # %% ../nbs/915_claims.ipynb #af004b27
 @dataclass(frozen=True)
@@ -317,12 +317,6 @@ def problems(book, derived, root=None):
     return out
 
 # %% ../nbs/915_claims.ipynb #2806f77d
-def number_of(result):
-    "A derived number with its interval, as text."
-    sign = "+" if "p" in result else ""
-    return f"{result['mean']:{sign}.2f} ({result['low']:{sign}.2f} to {result['high']:{sign}.2f})"
-
-
 def claims_table(book, derived, section=None):
     "Lines of a table, a dictionary for each comparison: claim, case, number, n, q, verdict, with images, made."
     for (name, label), result in derived.items():

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ff_research.statistics import (
+    MEAN_COLUMNS,
     corrected,
     difference,
+    difference_lines,
     interval,
+    mean_lines,
+    number_of,
     pack,
     rank_correlation,
     two_way,
@@ -290,3 +294,14 @@ def test_rank_correlation_against_scipy():
     for bad in (x[0], x[:, :2], np.full((1, 9), math.nan)):
         with pytest.raises(ValueError, match="expected"):
             rank_correlation(bad, bad)
+
+
+def test_lines_of_a_table_are_the_numbers_of_the_functions():
+    draw = np.random.default_rng(0)
+    a, b = (rows_of([float(e) for e in mean + 0.05 * draw.normal(size=5)]) for mean in (2.0, 3.0))
+    (line,) = difference_lines({"a - b": (a, b, LABELS)})
+    assert line["difference"] == number_of(difference(a, b, LABELS, images=0)) and line["difference"].startswith("-")
+    assert line["verdict"] == line["images"] == "resolved" and line["n"] == 5
+    (line,) = mean_lines({"a": (a, LABELS, "1.9")})
+    assert line["seeds"] == number_of(interval(a, LABELS, images=0)) and line["paper"] == "1.9"
+    assert set(line) == set(MEAN_COLUMNS)
