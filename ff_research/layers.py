@@ -26,7 +26,7 @@ def normalise(h, squares=None, out=None):
     if h.ndim > 2:  # feature maps: one row for each image
         every = tuple(range(1, h.ndim))
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        mean = wide.square().mean(every, keepdim=True) if squares is None else squares / h[0].numel()
+        mean = wide.square().mean(every, keepdim=True) if squares is None else squares / h.shape[1:].numel()
         return h * (mean.view(-1, *[1] * (h.ndim - 1)) + EPS).rsqrt().to(h.dtype)
     if squares is None:
         squares = sum_of_squares(h)
