@@ -604,27 +604,35 @@ def publish(names: Annotated[list[str], typer.Argument(help="recipes")]):
         typer.echo(f"{name}: {results.publish(name)} new rows{more}")
 
 # %% ../nbs/907_cli.ipynb #08a8d7c0
-@app.command(epilog="Example: ff-research bench --precision fp32")
+@app.command(epilog="Example: ff-research bench steps prediction --precision fp32 --out bench.jsonl")
 def bench(
-    runs: Annotated[int, typer.Option(min=1, help="timed pairs")] = 7,
+    parts: Annotated[
+        Optional[list[str]], typer.Argument(help="steps, backprop, prediction, batches; all, if left out")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed pairs")] = 5,
     precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16; both, if left out")] = None,
+    peer: Annotated[Optional[list[str]], typer.Option(help="time another program: loewe=PATH of a clone of it")] = None,
     out: Annotated[Optional[Path], typer.Option(help="a .jsonl file that gets a line for each measurement")] = None,
 ):
-    "Time a training step and its matrix products. 4 x 2000 units, two batch sizes; four convolutions."
-    from ff_research.checks import best_precision
-    from ff_research.runs import origin
-    from ff_research.speed import step_against_convolutions, step_against_products
+    """Time pairs of programs in turn, as a Markdown table: a step and its bare products, Forward-Forward and backprop, …
 
+    Ratios are medians, with the smallest and the largest.
+    """
+    from ff_research.benchmark import BENCHES, against_peer, table
+    from ff_research.checks import best_precision, one_of
+    from ff_research.runs import origin
+
+    known = parts or ([] if peer else list(BENCHES))
+    for part in known:
+        one_of(part, BENCHES, "part of the benchmark")
+    peers = [text.partition("=")[::2] for text in peer or []]
+    rows = []
     for chosen in ("fp32", "bf16") if precision is None else (best_precision(precision),):
-        for batch_size in (500, 100, 128):
-            conv, work = (True, step_against_convolutions) if batch_size == 128 else (False, step_against_products)
-            t = work(batch_size=batch_size, precision=chosen, runs=runs)
-            what = "convolutions" if conv else "products"
-            typer.echo(
-                f"{chosen}, batch {batch_size}: {what} {t['products_ms']:.1f} ms of a step of {t['step_ms']:.1f} ms: "
-                f"{100 * t['share']:.0f} % ({100 * t['low']:.0f} to {100 * t['high']:.0f})"
-            )
+        work = [BENCHES[part](chosen, runs) for part in known]
+        work += [against_peer(name, path, chosen) for name, path in peers]
+        for found in (row for measured in work for row in measured):
+            rows.append(found | origin("cpu", chosen))
+            typer.echo(table(rows[-1:]).splitlines()[-1], err=True)
             if out is not None:
-                measured = dict(batch_size=batch_size, runs=runs, **{key: round(v, 4) for key, v in t.items()})
-                measured |= dict(network="convolutions") if conv else {}
-                results.append_row(out, measured | origin("cpu", chosen))
+                results.append_row(out, rows[-1])
+    typer.echo(table(rows))

@@ -233,6 +233,7 @@ def test_cross_references_lead_somewhere():
 # Imports run down this list, never up. `results`, `statistics`, `claims` and `plots` know nothing of networks.
 ORDER = [
     "cli",
+    "benchmark",
     "leaderboard",
     "cost",
     "measures",

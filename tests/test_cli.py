@@ -435,17 +435,6 @@ def test_publish(shell, folder, monkeypatch):
     assert shell("publish", "loewe")[1] == "loewe: 0 new rows\n" and "| loewe " in shell("table", "mnist")[1]
 
 
-def test_bench_prints_what_was_measured(shell, monkeypatch):
-    from ff_research import speed
-
-    for name in ("step_against_products", "step_against_convolutions"):
-        timed = dict(share=0.5, low=0.4, high=0.6, step_ms=20.0, products_ms=10.0)
-        monkeypatch.setattr(speed, name, lambda timed=timed, **options: timed)
-    lines = shell("bench", "--runs", "1")[1].splitlines()
-    assert len(lines) == 6 and "convolutions 10.0 ms" in lines[2]
-    assert lines[0] == "fp32, batch 500: products 10.0 ms of a step of 20.0 ms: 50 % (40 to 60)"
-
-
 # Data and methods of one's own
 
 
