@@ -208,7 +208,9 @@ def _loewe(path, folder, epochs):
     import yaml
 
     def opened(tree):
-        return types.SimpleNamespace(**{k: opened(v) if isinstance(v, dict) else v for k, v in tree.items()})
+        if isinstance(tree, str) and re.fullmatch(r"\d+e-?\d+", tree):  # 3e-4 is text to YAML
+            return float(tree)
+        return types.SimpleNamespace(**{k: opened(v) for k, v in tree.items()}) if isinstance(tree, dict) else tree
 
     hydra = types.ModuleType("hydra")  # its two uses: where the data lie, and a decorator of the command line
     hydra.utils, hydra.main = types.ModuleType("hydra.utils"), lambda **options: lambda f: f
@@ -252,6 +254,8 @@ PEERS = {"loewe": (_loewe, ""), "mpezeshki": (_full_batch, ""), "examples": (_fu
 def _timed_peer(name, path, folder, count, threads):
     "In a process of its own: the adapter's times."
     torch.set_num_threads(threads)
+    if "fork" in multiprocessing.get_all_start_methods():  # a loader's processes must find the modules that stand in
+        multiprocessing.set_start_method("fork", force=True)
     sys.path.insert(0, path)
     os.chdir(folder)
     return PEERS[name][0](path, folder, count)
