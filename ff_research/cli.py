@@ -607,7 +607,8 @@ def publish(names: Annotated[list[str], typer.Argument(help="recipes")]):
 @app.command(epilog="Example: ff-research bench steps prediction --precision fp32 --out bench.jsonl")
 def bench(
     parts: Annotated[
-        Optional[list[str]], typer.Argument(help="steps, backprop, prediction, batches; all, if left out")
+        Optional[list[str]],
+        typer.Argument(help="steps, backprop, prediction, batches, time; all but the last, if left out"),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="timed pairs")] = 5,
     precision: Annotated[Optional[str], typer.Option(help="fp32 or bf16; both, if left out")] = None,
@@ -622,7 +623,7 @@ def bench(
     from ff_research.checks import best_precision, one_of
     from ff_research.runs import origin
 
-    known = parts or ([] if peer else list(BENCHES))
+    known = parts or ([] if peer else [part for part in BENCHES if part != "time"])
     for part in known:
         one_of(part, BENCHES, "part of the benchmark")
     peers = [text.partition("=")[::2] for text in peer or []]
