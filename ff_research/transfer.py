@@ -327,10 +327,19 @@ def fine_tune(
 
 # %% ../nbs/401_transfer.ipynb #39772d54
 def _target_row(matrices, target, shots, draws, seed):
-    "Errors of all feature matrices, and the curve of few labels of the last; None where a matrix is constant."
-    few, (f, f_test) = tuple(k for k in shots if k <= _fewest(target)[1]), list(matrices.values())[-1]
-    low = dict.fromkeys(few) if _is_constant(f) else _low_shot(f, f_test, target, few, draws, seed, L2)
-    row = ridge_errors(matrices, target) | {"low_shot": {str(k): error for k, error in low.items()}}
+    """Errors of all feature matrices, and curves of few labels; None where a matrix is constant.
+
+    low_shot: of the last matrix, which is layers 2, 3, … together; low_shot_all: of all layers together, where that is
+    something else.
+    """
+    few, row, curves = tuple(k for k in shots if k <= _fewest(target)[1]), ridge_errors(matrices, target), {}
+    single = [pair for name, pair in matrices.items() if not name.startswith("layers_")]
+    curves["low_shot"] = list(matrices.values())[-1]
+    if len(matrices) > 1:
+        curves["low_shot_all"] = [torch.cat(part, 1) for part in zip(*single)]
+    for name, (f, f_test) in curves.items():
+        low = dict.fromkeys(few) if _is_constant(f) else _low_shot(f, f_test, target, few, draws, seed, L2)
+        row[name] = {str(k): error for k, error in low.items()}
     return {
         part: {key: None if error is None else round(error, 4) for key, error in errors.items()}
         for part, errors in row.items()

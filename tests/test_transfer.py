@@ -347,6 +347,8 @@ def test_row_is_what_the_functions_give(digits, target, network):
     )
     few = low_shot_errors(network, target, (1, 5), 2, 4, neutral_label=10, **CPU)
     assert row["groups"]["low_shot"] == {str(k): round(error, 4) for k, error in few.items()}
+    every = row["groups"]["low_shot_all"]
+    assert list(every) == [str(k) for k in few] and all(0 <= error <= 100 for error in every.values())
     assert equal(before, weights(network))
     assert (
         transfer_row(network, None, {"other name": target}, neutral_label=10, shots=(1, 5), draws=2, seed=4, **CPU)[
