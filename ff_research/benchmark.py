@@ -104,7 +104,7 @@ def against_backprop(precision, runs=5, widths=((1000,) * 3, (1000,) * 8, (2000,
 # %% ../nbs/924_benchmark.ipynb #6ff7a6c2
 @torch.no_grad()
 def by_a_loop(network, x, num_classes, batch_size=500):
-    "Goodness `[images, classes]` of layers 2, 3, … as most programs get it: one pass through the network for each label."
+    "Goodness `[images, classes]` of layers 2, 3, … as most programs get it: a pass through the network for each label."
     out = torch.empty(len(x), num_classes)
     for rows in torch.arange(len(x)).split(batch_size):
         for label in range(num_classes):

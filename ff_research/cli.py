@@ -615,7 +615,7 @@ def bench(
     peer: Annotated[Optional[list[str]], typer.Option(help="time another program: loewe=PATH of a clone of it")] = None,
     out: Annotated[Optional[Path], typer.Option(help="a .jsonl file that gets a line for each measurement")] = None,
 ):
-    """Time pairs of programs in turn, as a Markdown table: a step and its bare products, Forward-Forward and backprop, …
+    """Time pairs of programs in turn: a step and its bare products, Forward-Forward and backprop, loops, other programs.
 
     Ratios are medians, with the smallest and the largest.
     """

@@ -134,9 +134,10 @@ GROUPS = {
 
 
 def parts_of_a_step(widths=(784, 1000, 1000, 1000), batch_size=100, precision="fp32", steps=20):
-    """Shares of a training step's operations on the CPU, by their own time: {"products": …, "update of the weights": …, "rest": …}.
+    """Shares of a training step's operations on the CPU, by their own time, under the names of `GROUPS` and "rest".
 
-    The momentum is part of the products, which add to it. In bf16 the update is made of common operations and counts as rest.
+    The momentum is part of the products, which add to it. In bf16 the update is made of common operations
+    and counts as rest.
     """
     step = _one_step(Network(list(widths)), (1, 1, widths[0]), STRATEGIES["label_embedding"](10), batch_size, precision)
     for _ in range(3):
