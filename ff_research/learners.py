@@ -10,11 +10,13 @@ import copy
 from collections.abc import Mapping
 
 import torch
+from torch.nn import functional as F
 
 from .checks import PRECISIONS
-from .goodness import row_factor
+from .goodness import hinton_loss, mean_of_squares, row_factor, sum_of_squares
 from .layers import FFLinear, hand_on, normalise, product, standardise
 from .network import run_layer
+from .objectives import GoodnessObjective
 from .optimisers import BLOCK, OPTIMIZERS
 from .streams import Rows, Streams
 
@@ -120,6 +122,10 @@ class FusedLearner(Learner):
         self.master = [p.detach() for p in (*layer.parameters(), *self.heads)]
         self.copies = [p.detach() for p in (*self.twin.parameters(), *self.heads)]
         self.optimizer = OPTIMIZERS[optimizer](self.master, self.copies, weight_decay)
+        known = (sum_of_squares, mean_of_squares)
+        self.by_hand = type(objective) is GoodnessObjective and objective.of_goodness is hinton_loss
+        self.by_hand &= getattr(objective, "of_activity", None) in known and objective.reduction == "rows"
+        self.share = torch.full((), 0.5, device=layer.weight.device)
 
     def activity(self, xs):
         weight, bias = self.copies[:2]
@@ -147,6 +153,13 @@ class FusedLearner(Learner):
 
     def learn(self, s, gamma=0.0, factor=1.0):
         positives = s.sizes[0]
+        fits = not isinstance(gamma, torch.Tensor) or gamma.shape == (len(self.squares), 1)
+        if self.by_hand and fits and s.sizes == (positives, positives):
+            loss, g, d_squares = self.hintons_gradient(s, gamma, positives)
+            d_mean = None if self.objective.peers is None else self.peers_gradient(self.h[:positives].mean(0).float())
+            self.loudness += self.squares.sum()
+            self.descend(self.product_gradient(positives, None, d_squares, d_mean), factor)
+            return loss, g
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (self.h, self.squares)]
             leaves[0].squares = leaves[1]
@@ -160,6 +173,30 @@ class FusedLearner(Learner):
         self.revivable = self.layer.full_gradient and leaves[0].grad is not None
         self.descend(self.product_gradient(positives, *(leaf.grad for leaf in leaves)), factor)
         return loss.detach(), g.detach()
+
+    def hintons_gradient(self, s, gamma, positives):
+        """Hinton's loss, the goodness, and the gradient in the sums of squares, by autograd's own operations.
+
+        A graph of vectors with one number a row costs more than the arithmetic on them.
+        """
+        g = self.goodness(s)
+        options = dict(scale=1.0) | self.objective.numbers()
+        theta, scale = options["theta"], options["scale"]
+        rightly, wrongly = (g + gamma).split(positives)
+        x_pos, x_neg = scale * (theta - rightly), scale * (wrongly - theta)
+        loss = (F.softplus(x_pos).mean() + F.softplus(x_neg).mean()) / 2
+        share = self.share.div(positives).expand(positives, 1)  # of the loss, that each row has
+        d_pos, d_neg = (torch.ops.aten.softplus_backward(share, x, 1, 20) * scale for x in (x_pos, x_neg))
+        d_g = torch.cat([-d_pos, d_neg])[:, 0]
+        return loss, g, d_g if self.objective.of_activity is sum_of_squares else d_g / self.h.shape[1]
+
+    def peers_gradient(self, mean):
+        "The gradient of peer normalisation in the positives' mean activity `[units]`, whose moving average moves on."
+        peers, units = self.objective.peers, len(mean)
+        m = peers.momentum * peers.mean + (1 - peers.momentum) * mean
+        peers.mean.copy_(m)
+        d = torch.full((), peers.weight, device=m.device).div(units) * (2 * (m.mean() - m))
+        return (d.sum() / units - d) * (1 - peers.momentum)
 
     def product_gradient(self, positives, d_h, d_squares, d_mean=None):
         "Gradient in the matrix product from those in the activity, its rows' sums of squares and its positives' mean."

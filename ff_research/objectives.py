@@ -158,9 +158,12 @@ class GoodnessObjective(Objective):
         g = self.of_activity(h)
         return g if g.ndim == 2 else g.unsqueeze(1)
 
+    def numbers(self):
+        'The loss\'s options as numbers, once an activity was seen: what "units" and "auto" stand for.'
+        return {k: self.known[v] if v in ("units", "auto") else v for k, v in self.options.items()}
+
     def loss(self, g, s):
-        options = {k: self.known[v] if v in ("units", "auto") else v for k, v in self.options.items()}
-        return self.of_goodness(*both_streams(g, s, _name(self.of_goodness)), **options)
+        return self.of_goodness(*both_streams(g, s, _name(self.of_goodness)), **self.numbers())
 
 # %% ../nbs/105_objectives.ipynb #5b5aad08
 def hinton(theta="units", scale=1.0, goodness=sum_of_squares, reduction="rows"):
