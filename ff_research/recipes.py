@@ -630,6 +630,6 @@ def recipe(name, recipes=None):
 # %% ../nbs/901_recipes.ipynb #6b34fadb
 FILES = tuple(
     """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
-    selfcontrast distance""".split()
+    selfcontrast distance jax""".split()
 )
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

@@ -237,6 +237,7 @@ ORDER = [
     "cost",
     "measures",
     "searches",
+    "jax_ff",
     "runs",
     "recipes",
     "speed",
