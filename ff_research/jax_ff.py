@@ -233,13 +233,13 @@ def _torch_step(widths, rows, sizes, fused):
 
 
 def _jax_step(widths, rows, unroll):
-    "The same step in JAX, compiled, and how long its compilation took in seconds."
+    "The same step in JAX, compiled, and how much CPU time its compilation took, in seconds."
     rule = direction()
     params = params_of(Network(widths))
     state, x = start(rule, params), jnp.asarray(rows)
-    began = time.perf_counter()
+    began = time.process_time()
     compiled = stepper(rule, unroll=unroll).lower(params, state, x, 1e-4).compile()
-    seconds, held = time.perf_counter() - began, [params, state]
+    seconds, held = time.process_time() - began, [params, state]
 
     def step():
         held[0], held[1], loss = compiled(*held, x, 1e-4)
@@ -249,7 +249,7 @@ def _jax_step(widths, rows, unroll):
 
 
 def timed(widths=(784, 1000, 1000, 1000), batch_size=100, runs=7, steps=10):
-    """Milliseconds of a training step in PyTorch and in JAX, timed in turn: a row.
+    """Milliseconds of CPU time of a training step in PyTorch and in JAX, timed in turn: a row.
 
     Medians over `runs` of `steps` steps each, {"shared", "fused", "autograd", "scan", "unrolled"}, the ratio of "scan"
     to "fused" with its lowest and highest run, and seconds of compilation. Raises ImportError without JAX.
@@ -271,10 +271,10 @@ def timed(widths=(784, 1000, 1000, 1000), batch_size=100, runs=7, steps=10):
     times = {name: [] for name in work}
     for _ in range(runs + 1):
         for name, step in work.items():
-            began = time.perf_counter()
+            began = time.process_time()
             for _ in range(steps):
                 step()
-            times[name].append((time.perf_counter() - began) / steps * 1e3)
+            times[name].append((time.process_time() - began) / steps * 1e3)
     times = {name: t[1:] for name, t in times.items()}  # the first round warms up
     ratios = [a / b for a, b in zip(times["scan"], times["fused"])]
     return dict(

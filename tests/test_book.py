@@ -254,6 +254,7 @@ ORDER = [
     "modelfiles",
     "forms",
     "patterns",
+    "generator",
     "localclassifiers",
     "channelwise",
     "selfcontrast",
