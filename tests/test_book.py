@@ -237,6 +237,7 @@ ORDER = [
     "cost",
     "measures",
     "searches",
+    "automata",
     "jax_ff",
     "runs",
     "recipes",
