@@ -78,12 +78,12 @@ def target_of(picture, channels=16, kernel=11, seed=0):
     code = F.conv2d(picture[None], filters, padding=kernel // 2)[0]
     return torch.cat([picture, (code / code.std((1, 2), keepdim=True)).tanh() * picture[3:]])
 
-
+# %% ../nbs/605_automata.ipynb #c6050011
 def cell_goodness(x, target):
     "Minus the mean squared distance of each cell's channels to their target, `[n, side, side]`; the first ones if fewer."
     return -(x[:, : len(target)] - target).square().mean(1)
 
-# %% ../nbs/605_automata.ipynb #c6050012
+# %% ../nbs/605_automata.ipynb #c6050013
 def seeds(n, target):
     "Grids with one living cell in the middle, `[n, channels, side, side]`, in the state that the target has there."
     x, middle = torch.zeros(n, *target.shape), target.shape[-1] // 2
@@ -100,7 +100,7 @@ def damaged(x, generator=None):
     hole = (line[:, None] - place[:, 0]) ** 2 + (line - place[:, 1]) ** 2 < (0.22 * side) ** 2
     return x * ~hole[:, None]
 
-
+# %% ../nbs/605_automata.ipynb #c6050014
 def learn_to_grow(rule, target, rounds=100, steps=40, reach=1, lr=2e-3, batch=4, pool=16, seed=0):
     """Train a rule in place; gives the mean goodness of the last step of each round.
 
@@ -133,7 +133,7 @@ def learn_to_grow(rule, target, rounds=100, steps=40, reach=1, lr=2e-3, batch=4,
         states[chosen], _ = x, history.append(goodness.item())
     return history
 
-# %% ../nbs/605_automata.ipynb #c6050018
+# %% ../nbs/605_automata.ipynb #c6050020
 @torch.no_grad()
 def trial(rule, target, n=8, steps=40, later=200, seed=99):
     """Errors of a rule, {grown, cut, mended, later}, and the states at these moments.
@@ -162,7 +162,7 @@ def as_colours(x):
     alive = x[:, 3:4].clamp(0, 1)
     return (x[:, :3] * alive + 1 - alive).clamp(0, 1).permute(0, 2, 3, 1)
 
-# %% ../nbs/605_automata.ipynb #c6050021
+# %% ../nbs/605_automata.ipynb #c6050023
 def animate(rule, target, path, steps=40, size=160, seed=5):
     "Write an animation (GIF) of a rule: growth, a cut, mending; a frame a step. path: of the file."
     from PIL import Image
@@ -179,7 +179,7 @@ def animate(rule, target, path, steps=40, size=160, seed=5):
             x = rule(x, generator)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
-# %% ../nbs/605_automata.ipynb #c6050024
+# %% ../nbs/605_automata.ipynb #c6050026
 GROWING = {
     "automata-local": dict(rounds=60, reach=1),
     "automata-colours": dict(rounds=60, reach=1, colours=True),
@@ -206,7 +206,7 @@ def growing_row(name, seed=0):
         **origin("cpu", "fp32"),
     )
 
-# %% ../nbs/605_automata.ipynb #c6050027
+# %% ../nbs/605_automata.ipynb #c6050029
 class DigitAutomaton(nn.Module):
     """One convolution as the rule of cells that name the digit they belong to.
 
@@ -251,7 +251,7 @@ class DigitAutomaton(nn.Module):
         ink = (x > self.ink)[:, 0]
         return -(right * ink).sum() / ink.sum().clamp_min(1)
 
-
+# %% ../nbs/605_automata.ipynb #c6050030
 def learn_digits(rule, x, y, epochs=4, steps=10, reach=1, lr=1e-3, batch=25, seed=0):
     """Train a `DigitAutomaton` in place on images `[n, 1, side, side]` in 0…1 and labels.
 
@@ -293,10 +293,10 @@ def errors_by_step(rule, x, y, steps=20):
         found["split"].append(100 * (high != low).float().mean().item())
     return found
 
-# %% ../nbs/605_automata.ipynb #c6050029
+# %% ../nbs/605_automata.ipynb #c6050032
 NAMING = {
-    "automata-digits-local": dict(epochs=2, reach=1),
-    "automata-digits-backprop": dict(epochs=2, reach=10),
+    "automata-digits-local": dict(epochs=6, reach=1),
+    "automata-digits-backprop": dict(epochs=6, reach=10),
     "automata-digits-untrained": dict(epochs=0, reach=1),
 }
 
