@@ -270,7 +270,9 @@ def tune(
 # %% ../nbs/907_cli.ipynb #f21c96f6
 @app.command(epilog="Example: ff-research measure transfer mnist-image-mixing mnist-random --seeds 5")
 def measure(
-    kind: Annotated[str, typer.Argument(help="cka, course, diagnostics, parts, reach, transfer, travel or tuned")],
+    kind: Annotated[
+        str, typer.Argument(help="cka, course, diagnostics, negatives, parts, reach, transfer, travel or tuned")
+    ],
     names: Annotated[list[str], typer.Argument(help="recipes, or a TOML file of your own")],
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … SEEDS-1")] = 5,
     results_folder: Annotated[Optional[Path], typer.Option("--results", help="folder of the rows")] = None,

@@ -49,6 +49,7 @@ METHODS = {
     "label_channel": Method("FF, label as a channel", "contrasted", "a wrong label, drawn uniformly"),
     "class_pattern": Method("FF, label at every layer", "contrasted", "a wrong label, drawn uniformly"),
     "scff": Method("SCFF-style", "no", "an image beside another one", "Chen et al. (2025)"),
+    "generator": Method("FF without labels, learned negatives", "no", "what a generator makes"),
     "softhebb": Method("SoftHebb-style", "no", "none", "Journé et al. (2023)"),
 }
 BASELINES = {

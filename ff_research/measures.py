@@ -19,6 +19,7 @@ from .cka import compare
 from .data import hold_out, split_rows, validation_size
 from .diagnostics import diagnose
 from .entropy import goodness_parts, stream_entropy
+from .generator import packed, watch
 from .labels import wrong_labels
 from .reach import reach_row
 from .readout import per_label_goodness
@@ -164,6 +165,22 @@ def _course(case):
     return course
 
 
+def _negatives(case):
+    "Before training and after some epochs: the negatives of 500 held-out images, and how varied they are."
+    held, course = hold_out(case.images, validation_size(case.images)), []
+    strategy = strategy_of(case.recipe, case.images.num_classes)
+    if strategy is None or not strategy.has_negatives:
+        raise ValueError(f"recipe {case.recipe.name!r}: there are no negatives to look at")
+
+    def look(epoch, network):
+        if epoch + 1 in (0, 1, 2, 4, 8):
+            found, made = watch(network.strategy or strategy, held.x_test[:500])
+            course.append(dict(epoch=epoch + 1, **_all_rounded(found), images=packed(made[:8])))
+
+    _trained_again(case, look)
+    return dict(course=course)
+
+
 def _travel(case):
     "Before training and after each epoch: probe errors of each layer on source and first target, 12,000 images each."
 
@@ -207,6 +224,7 @@ MEASURES = {
     "transfer": _transfer,
     "parts": _parts,
     "course": _course,
+    "negatives": _negatives,
     "cka": _cka,
     "reach": _reach,
     "travel": _travel,

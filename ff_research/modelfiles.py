@@ -22,6 +22,7 @@ from . import channelwise as channelwise  # what they enter is known by name the
 from . import convolution as convolution
 from . import distance as distance
 from . import forms as forms
+from . import generator as generator
 from . import localclassifiers as localclassifiers
 from . import patterns as patterns
 from . import selfcontrast as selfcontrast

@@ -26,6 +26,7 @@ from . import channelwise as channelwise  # their networks and strategies are kn
 from . import convolution as convolution
 from . import distance as distance
 from . import forms as forms
+from . import generator as generator
 from . import localclassifiers as localclassifiers
 from . import patterns as patterns
 from . import selfcontrast as selfcontrast
@@ -630,6 +631,6 @@ def recipe(name, recipes=None):
 # %% ../nbs/901_recipes.ipynb #6b34fadb
 FILES = tuple(
     """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
-    selfcontrast distance""".split()
+    selfcontrast distance jax generator""".split()
 )
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})
