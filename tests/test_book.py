@@ -240,6 +240,8 @@ ORDER = [
     "runs",
     "recipes",
     "speed",
+    "pipeline",
+    "memory",
     "reach",
     "transfer",
     "pretext",
