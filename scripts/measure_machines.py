@@ -6,6 +6,7 @@ Each part appends rows to a file: memory by torch's allocator, times in turn wit
 """
 
 import argparse
+import gc
 import os
 import resource
 import statistics
@@ -58,6 +59,9 @@ def memory(args):
         weights = [p for layer in network.layers for p in layer.parameters()]
         mb = sum(w.nbytes for w in weights) / MB
         for way, (make, micro, segments) in ways(network, depth).items():
+            if args.ways and way not in args.ways:
+                continue
+            gc.collect()  # steps hold themselves in circles
             found = peak_bytes(make(), weights)
             row = dict(what="memory", way=way, depth=depth, width=args.width, batch_size=BATCH, micro_batch=micro)
             row |= dict(segments=segments, weights_mb=round(mb, 2), optimiser_mb=round(mb, 2))
@@ -174,7 +178,9 @@ def disk(args):
         print(where, limit, told[where, limit], flush=True)
     made, whole = told["disk", args.limit], told["memory", 0]
     mb = sum(layer.weight.nbytes + layer.bias.nbytes for layer in layers(args.width, args.depth)) / MB
-    row = dict(what="disk", width=args.width, depth=args.depth, images=args.count, weights_mb=round(mb), limit_mb=args.limit)
+    row = dict(
+        what="disk", width=args.width, depth=args.depth, images=args.count, weights_mb=round(mb), limit_mb=args.limit
+    )
     row |= dict(refused_in_memory="allocate memory" in " ".join(told["memory", args.limit]), equal=made[0] == whole[0])
     keep(args, row | dict(disk_s=float(made[1]), memory_s=float(whole[1])))
 
@@ -188,6 +194,7 @@ def main():
     for name, default in dict(width=2000, rounds=7, count=1000, limit=160, depth=16).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--where", default="disk")
+    parser.add_argument("--ways", nargs="+")
     args = parser.parse_args()
     torch.set_num_threads(1)
     globals()[args.part](args)
