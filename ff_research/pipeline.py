@@ -279,8 +279,8 @@ def _epochs(stage, under, images, strategy, generator, epochs, lr_schedule, batc
             if above is not None:
                 above.send([stage.out, s.y, *([stage.gamma] if stage.collaboration else [])], batch)
         told = meter.read(epoch, time.perf_counter() - start)
-        found.append(told | dict(busy=[busy], cpu=[time.process_time() - cpu]))
         examine({under + height: learner for height, learner in stage.learners.items()}, epoch)
+        found.append(told | dict(busy=[busy], cpu=[time.process_time() - cpu]))
     while above is not None and above.under_way:
         above.finish()
     return found

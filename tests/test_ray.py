@@ -19,6 +19,13 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install ff_re
 
 TINY = RECIPES["digits"].vary(name="tiny", widths=(30, 30), epochs=2, search=())
 WHERE = dict(device="cpu", precision="fp32")
+MINE = """
+[mine]
+like = "digits"
+network = { widths = [30, 30] }
+strategy = { name = "own_on_ray" }
+schedule = { epochs = 1 }
+"""
 METHODS = """
 import os
 import signal
@@ -120,10 +127,10 @@ def own_errors(folder, methods):
 
 def from_the_command(folder, address):
     "Another program on the same cluster, with a recipe, a method and images of one's own, beside which it is called."
-    (folder / "mine.toml").write_text('[mine]\nlike = "digits"\nstrategy = { name = "own_on_ray" }\n')
+    (folder / "mine.toml").write_text(MINE)
     (folder / "kill always").unlink()
     images = "import ff_research as ff; from ff_research.data import save_npz as s; s(ff.load('digits'), 'mine.npz')"
-    call = partial(subprocess.run, cwd=folder, capture_output=True, text=True, timeout=120)
+    call = partial(subprocess.run, cwd=folder, capture_output=True, text=True, timeout=600)
     environment = os.environ | dict(RAY_ADDRESS=address)
     assert call([sys.executable, "-c", images]).returncode == 0
     command = [
