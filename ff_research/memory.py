@@ -112,7 +112,7 @@ def backprop_step(network, x, y, segments=None, micro_batch=None, optimizer="sgd
 
     return step
 
-# %% ../nbs/706_memory.ipynb #706c0023
+# %% ../nbs/706_memory.ipynb #706c0025
 def mapped(path, shape, dtype=torch.float32):
     """A tensor that lives in a file and is mapped into memory: zeros in a new one, else what is there.
 
@@ -151,7 +151,7 @@ def flush(layer, folder, height):
             with path.open("rb") as f:
                 os.fsync(f.fileno())
 
-# %% ../nbs/706_memory.ipynb #706c0025
+# %% ../nbs/706_memory.ipynb #706c0027
 class Kept:
     """What the frozen layers below the one that learns hand on for all training images, in one file.
 
@@ -196,7 +196,7 @@ class Kept:
         "`Streams` of a batch and its places in the training part."
         return Streams(self.out[:, rows].flatten(0, 1), y, (len(y),) * len(self.out))
 
-# %% ../nbs/706_memory.ipynb #706c0026
+# %% ../nbs/706_memory.ipynb #706c0028
 @torch.inference_mode(False)
 @torch.no_grad()
 def train_on_disk(
@@ -262,7 +262,7 @@ def _check_frozen(network, strategy):
             "skips or inputs by name, and no strategy that draws anew between layers or has many negatives"
         )
 
-# %% ../nbs/706_memory.ipynb #706c0028
+# %% ../nbs/706_memory.ipynb #706c0030
 class _Run:
     "A run of `train_on_disk`: the layer that learns, and the checkpoint after each of its epochs."
 
