@@ -211,7 +211,8 @@ def run(
     "Run recipes, one row a seed. What is there is skipped; what was cut off goes on from its last epoch."
     from ff_research import runs
 
-    executed, options = _executed(module), _where(device, precision) | dict(engine=engine, workers=workers)
+    where = _where(device, precision) if engine == "local" else dict(device=device, precision=precision)
+    executed, options = _executed(module), where | dict(engine=engine, workers=workers)
     chosen, _ = _chosen(names, data)
     options |= dict(folder=results_folder, module=module)
     for name, seed, row in runs.run_many(chosen, range(seeds), **options):

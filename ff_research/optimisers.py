@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LR_SCHEDULES', 'BLOCK', 'OPTIMIZERS', 'cool_down', 'constant', 'exponential', 'cosine', 'MomentumSGD', 'AdamW',
-           'PlainSGD']
+           'PlainSGD', 'Accumulated']
 
 # %% ../nbs/910_optimisers.ipynb #01e97e72
 import math
@@ -161,3 +161,30 @@ class PlainSGD(MomentumSGD):
 
 
 OPTIMIZERS = {"sgd": MomentumSGD, "adamw": AdamW, "plain_sgd": PlainSGD}
+
+# %% ../nbs/910_optimisers.ipynb #acc0c000
+class Accumulated:
+    """An optimiser around another, which adds up the gradients of micro-batches and steps after the last of them.
+
+    share: of the batch, that of the micro-batch whose gradients come next; last: whether it is the last one.
+    """
+
+    def __init__(self, optimizer):
+        self.optimizer, self.share, self.last = optimizer, 1.0, True
+        self.sums = [torch.zeros_like(c) for c in optimizer.copies]
+
+    def accumulate(self, i, grad):
+        self.sums[i].add_(grad, alpha=self.share)
+
+    def accumulate_product(self, i, dz, x):
+        add_product_gradient(dz * self.share, x, self.sums[i], 1.0)
+
+    def step(self, lr):
+        if self.last:
+            for i, total in enumerate(self.sums):
+                self.optimizer.accumulate(i, total)
+                total.zero_()
+            self.optimizer.step(lr)
+
+    def state(self):
+        return self.optimizer.state()

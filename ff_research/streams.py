@@ -36,6 +36,22 @@ class Streams:
             raise ValueError(f"a layer gave {len(h)} rows of activity for {sum(self.sizes)} rows of input ({streams})")
         return h.split(self.sizes)
 
+    def part(self, first, end):
+        """The streams of the images `first` up to `end` of the batch, rows written out: a micro-batch.
+
+        Raises ValueError for streams of unequal sizes, or with inputs by name.
+        """
+        if len(set(self.sizes)) != 1 or self.side or self.y is None or len(self.y) != self.sizes[0]:
+            raise ValueError(
+                f"a batch of {self.sizes} rows is not one row an image and stream: it has no micro-batches"
+            )
+        size = min(end, self.sizes[0]) - first
+        return Streams(self.rows_of(self.x, first, end), self.y[first:end], (size,) * len(self.sizes))
+
+    def rows_of(self, t, first, end):
+        "The rows of some images in each stream, of `[rows, …]`."
+        return written_out(t).unflatten(0, (len(self.sizes), -1))[:, first:end].flatten(0, 1)
+
 # %% ../nbs/104_streams.ipynb #75307351
 class Rows:
     """Base of the tensors-in-disguise that stand for `[rows, …]`, most of which they have in common.

@@ -243,6 +243,8 @@ ORDER = [
     "runs",
     "recipes",
     "speed",
+    "pipeline",
+    "memory",
     "reach",
     "transfer",
     "pretext",

@@ -565,34 +565,6 @@ def test_a_file_of_python_takes_no_modules_place(own, shell):
     assert sys.modules["statistics"] is statistics and hasattr(statistics, "median")
 
 
-def test_ray_tasks_execute_the_file_as_well(own, shell, monkeypatch):
-    class Ray:
-        "Runs each task at once, with the strategy unknown as it is in another process."
-
-        def remote(self, function):
-            def call(*arguments):
-                STRATEGIES.pop("shifted_label", None)
-                return function(*arguments)
-
-            return types.SimpleNamespace(remote=call)
-
-        def wait(self, waiting):
-            return waiting[:1], waiting[1:]
-
-        def get(self, value):
-            return value
-
-    class Row(dict):
-        __hash__ = object.__hash__
-
-    usual = runs.run
-    monkeypatch.setattr(runs, "run", lambda *arguments, **options: Row(usual(*arguments, **options)))
-    monkeypatch.setitem(sys.modules, "ray", Ray())
-    options = ["--seeds", "1", "--engine", "ray", "--module", "my_methods.py"]
-    code, out, err = shell("run", "mine.toml", "mine", *options)
-    assert code == 0 and out.startswith("mine, seed 0: per_label "), err
-
-
 def test_a_network_that_learned_nothing_is_one_line(own, shell):
     slow = 'optimizer = { lr = 1e-9 }\nstrategy = { name = "label_embedding" }\n'
     (own / "mine.toml").write_text(

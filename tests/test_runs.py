@@ -463,26 +463,6 @@ def test_jobs_come_seed_by_seed_and_once(monkeypatch):
     ]
 
 
-def fake_ray(sent):
-    def remote(function):
-        return SimpleNamespace(
-            remote=lambda *arguments, **options: (
-                sent.append(arguments) or (len(sent), lambda: function(*arguments, **options))
-            )
-        )
-
-    return SimpleNamespace(remote=remote, wait=lambda tasks: (tasks[-1:], tasks[:-1]), get=lambda task: task[1]())
-
-
-def test_ray_sends_what_is_missing_and_keeps_what_comes_back(tmp_path, monkeypatch):
-    sent = []
-    monkeypatch.setitem(sys.modules, "ray", fake_ray(sent))
-    run_and_keep("pixels-digits", 1, folder=tmp_path, **QUIET)
-    done = list(run_many(["pixels-digits"], range(3), engine="ray", folder=tmp_path, device="cpu", precision="fp32"))
-    assert [(name, seed) for name, seed, _ in done] == [("pixels-digits", 2), ("pixels-digits", 0)]
-    assert [seed for _, _, seed, _ in sent] == [0, 2] and len(read_rows(tmp_path / "pixels-digits.jsonl")) == 3
-
-
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"ff_research\[ray\]"):

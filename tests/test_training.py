@@ -15,7 +15,7 @@ from ff_research.checks import PRECISIONS, best_device, best_precision
 from ff_research.data import Images
 from ff_research.goodness import mean_activity, symba_loss
 from ff_research.labels import labelled, wrong_labels
-from ff_research.layers import FFLinear, normalise, prepare
+from ff_research.layers import FFConv, FFLinear, normalise, prepare
 from ff_research.learners import FusedLearner, Learner
 from ff_research.network import Network, activities
 from ff_research.objectives import Objective, PeerNormalisation, hinton, swish_symba, symba
@@ -691,3 +691,57 @@ def test_what_waits_for_the_device_is_not_played_back(digits):
     )
     assert math.isfinite(history.epochs[-1]["loss"][0]) and torch.rand(3, device="cuda").numel() == 3
     assert network.objectives[0].seen == 2 * -(-len(digits.y_train) // 90)
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize(
+    "strategy, options",
+    [
+        ("label_embedding", {}),
+        ("class_confusion", dict(optimizer="adamw", lr=1e-4)),
+        ("all_labels", {}),
+        ("mono_forward", dict(schedule="greedy")),
+        ("label_embedding", dict(collaboration="all")),
+        ("label_embedding", dict(schedule="greedy", collaboration="previous")),
+        ("masking", dict(objective=symba())),
+    ],
+)
+def test_micro_batches_add_up_to_the_batch(strategy, options, digits):
+    "In float64 terms they are the same sums; in float32 they differ by rounding, and a batch of one part does not."
+    networks, options = [Network([64, 40, 30], seed=1) for _ in range(3)], dict(epochs=2, batch_size=120) | options
+    options |= dict(progress=False, precision="fp32", device="cpu")
+    start = copy.deepcopy(networks[0])
+    for network, size in zip(networks, (None, 120, 50)):
+        train(network, digits, STRATEGIES[strategy](10), micro_batch=size, **options)
+    whole, one, parts = ([*network.layers.parameters()] for network in networks)
+    for a, b, c, d in zip(whole, one, parts, start.layers.parameters()):
+        moved = (a - d).abs().max()
+        assert moved > 0 and (a - b).abs().max() < 1e-3 * moved and (a - c).abs().max() < 1e-3 * moved
+
+
+def test_micro_batches_resume_to_the_same_bits(digits, tmp_path):
+    options = dict(batch_size=120, micro_batch=50, lr_schedule="constant", progress=False, precision="fp32")
+    one, two = Network([64, 40, 30]), Network([64, 40, 30])
+    train(one, digits, STRATEGIES["label_embedding"](10), epochs=3, **options)
+    for epochs in (1, 3):
+        train(two, digits, STRATEGIES["label_embedding"](10), epochs, checkpoint=tmp_path / "c.safetensors", **options)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    with pytest.raises(ValueError, match="micro_batch is "):
+        whole = dict(checkpoint=tmp_path / "c.safetensors") | options | dict(micro_batch=None)
+        train(two, digits, STRATEGIES["label_embedding"](10), 3, **whole)
+
+
+@pytest.mark.parametrize(
+    "network, strategy, options, said",
+    [
+        (lambda: Network([64, 40]), "label_embedding", dict(micro_batch=0), "at least 1"),
+        (lambda: Network([64, 40]), "label_embedding", dict(peer=0.1), "means over images"),
+        (lambda: Network([64, 40]), "layer_wise", {}, "means over images"),
+        (lambda: Network([FFConv(1, 4, norm="batch")]), "mono_forward", {}, "means over images"),
+    ],
+)
+def test_micro_batches_that_would_not_add_up_are_refused(network, strategy, options, said, digits):
+    with pytest.raises(ValueError, match=said):
+        train(network(), digits, STRATEGIES[strategy](10), 1, **dict(micro_batch=10) | options)
