@@ -24,6 +24,7 @@ from . import distance as distance
 from . import forms as forms
 from . import localclassifiers as localclassifiers
 from . import patterns as patterns
+from . import recurrent as recurrent
 from . import selfcontrast as selfcontrast
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown

@@ -28,6 +28,7 @@ from . import distance as distance
 from . import forms as forms
 from . import localclassifiers as localclassifiers
 from . import patterns as patterns
+from . import recurrent as recurrent
 from . import selfcontrast as selfcontrast
 from .checks import nearest, one_of, shown
 from .entropy import entropic
@@ -630,6 +631,6 @@ def recipe(name, recipes=None):
 # %% ../nbs/901_recipes.ipynb #6b34fadb
 FILES = tuple(
     """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
-    selfcontrast distance""".split()
+    selfcontrast distance recurrent""".split()
 )
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

@@ -253,6 +253,7 @@ ORDER = [
     "modelfiles",
     "forms",
     "patterns",
+    "recurrent",
     "localclassifiers",
     "channelwise",
     "selfcontrast",
