@@ -51,6 +51,9 @@ METHODS = {
     "clamped_label": Method(
         "FF, recurrent, label on top", "contrasted", "a wrong label that the network believes", HINTON
     ),
+    "sleep": Method(
+        "FF, positives and negatives apart in time", "contrasted", "a wrong label, drawn uniformly", HINTON
+    ),
     "scff": Method("SCFF-style", "no", "an image beside another one", "Chen et al. (2025)"),
     "softhebb": Method("SoftHebb-style", "no", "none", "Journé et al. (2023)"),
 }

@@ -26,6 +26,7 @@ from . import localclassifiers as localclassifiers
 from . import patterns as patterns
 from . import recurrent as recurrent
 from . import selfcontrast as selfcontrast
+from . import sleep as sleep
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown
 from .layers import reads_of

@@ -30,6 +30,7 @@ from . import localclassifiers as localclassifiers
 from . import patterns as patterns
 from . import recurrent as recurrent
 from . import selfcontrast as selfcontrast
+from . import sleep as sleep
 from .checks import nearest, one_of, shown
 from .entropy import entropic
 from .goodness import GOODNESSES
@@ -631,6 +632,6 @@ def recipe(name, recipes=None):
 # %% ../nbs/901_recipes.ipynb #6b34fadb
 FILES = tuple(
     """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
-    selfcontrast distance recurrent""".split()
+    selfcontrast distance recurrent sleep""".split()
 )
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

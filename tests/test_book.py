@@ -254,6 +254,7 @@ ORDER = [
     "forms",
     "patterns",
     "recurrent",
+    "sleep",
     "localclassifiers",
     "channelwise",
     "selfcontrast",
