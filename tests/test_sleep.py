@@ -1,15 +1,18 @@
 "Phases apart in time: each alone is half of Hinton's loss, a running threshold moves by its own phase, runs resume in phase."
 
+from unittest import mock
+
 import pytest
 import torch
 
 import ff_research as ff
 from ff_research.goodness import hinton_loss
+from ff_research.labels import overlay, wrong_labels
+from ff_research.layers import prepare
 from ff_research.objectives import hinton
 from ff_research.readout import per_label_goodness
-from ff_research.recipes import RECIPES
-from ff_research.runs import run
-from ff_research.sleep import OnePhase, SleepStrategy, one_phase_loss
+from ff_research.sleep import OnePhase, SleepStrategy, missed, one_layer, one_phase_loss, row_of
+from ff_research.statistics import unpack
 from ff_research.streams import Streams
 from ff_research.training import train
 
@@ -105,19 +108,35 @@ def test_it_comes_back_from_its_file(digits, tmp_path):
     assert torch.equal(ff.predict(again, digits.x_test), ff.predict(network, digits.x_test))
 
 
-def test_recipes_differ_in_what_their_names_say():
-    for kind in ("sum", "mean", "running"):
-        base = RECIPES[f"sleep-{kind}-1"]
-        for k in (10, 100, 1000):
-            other = RECIPES[f"sleep-{kind}-{k}"]
-            assert {field for field, value in base if value != getattr(other, field)} - {"name"} == {"strategy"}
-            assert dict(other.strategy.options) == dict(base.strategy.options) | {"k": k}
-    assert (
-        run(RECIPES["sleep-sum-1"].vary(data="digits", epochs=12, batch_size=20), 0, probe=False, **QUIET)["errors"][
-            "test"
-        ]["per_label"]
-        < 30
-    )
+def test_the_written_out_layer_is_the_strategy_s(digits):
+    "Both phases in one step from the same rows: the gradient of autograd."
+    layer = one_layer(digits, 0, units=30, steps=1, batch_size=20, seed=3)
+    g = torch.Generator().manual_seed(3)
+    own = ff.FFLinear(64, 30, generator=g)
+    i = torch.randint(len(digits.y_train), (10,), generator=g)
+    y = digits.y_train[i].long()
+    labels = torch.cat([y, wrong_labels(y, 10, g)])
+    x = prepare(overlay(digits.x_train[i].repeat(2, 1, 1, 1), labels, 10), 64)
+    h = own(x)
+    loss = one_phase_loss(h.square().sum(1, keepdim=True), torch.tensor([[1.0]] * 10 + [[-1.0]] * 10), 30.0)
+    for p, grad, new in zip(own.parameters(), torch.autograd.grad(loss, list(own.parameters())), layer.parameters()):
+        torch.testing.assert_close(new, p - 0.01 * grad)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(form="mean"), dict(threshold="running")])
+def test_a_layer_learns_from_phases_of_one_step_and_no_graph_is_made(options, digits):
+    with (
+        mock.patch("torch.autograd.grad", side_effect=AssertionError),
+        mock.patch("torch.Tensor.backward", side_effect=AssertionError),
+    ):
+        layer = one_layer(digits, 1, units=60, steps=1500, **options)
+    assert missed(layer, digits).float().mean() < 0.3
+
+
+def test_a_row_says_what_was_run(digits):
+    row = row_of(digits, 1, "sleep-sum-3", dict(device="here"), k=3, units=20, steps=20)
+    assert row["config"] == dict(k=3, units=20, steps=20) and row["device"] == "here" and row["data"]["test"] == 360
+    assert unpack(row["wrong"]["labels"]).mean() * 100 == pytest.approx(row["errors"]["test"]["per_label"])
 
 
 def test_bad_input_is_named():
