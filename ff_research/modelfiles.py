@@ -18,7 +18,8 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from . import __version__
-from . import channelwise as channelwise  # what they enter is known by name then
+from . import blackbox as blackbox  # what they enter is known by name then
+from . import channelwise as channelwise
 from . import convolution as convolution
 from . import distance as distance
 from . import forms as forms

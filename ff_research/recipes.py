@@ -22,7 +22,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 
-from . import channelwise as channelwise  # their networks and strategies are known by name then
+from . import blackbox as blackbox  # their networks and strategies are known by name then
+from . import channelwise as channelwise
 from . import convolution as convolution
 from . import distance as distance
 from . import forms as forms

@@ -255,6 +255,7 @@ ORDER = [
     "patterns",
     "recurrent",
     "sleep",
+    "blackbox",
     "localclassifiers",
     "channelwise",
     "selfcontrast",
