@@ -110,7 +110,7 @@ def test_it_comes_back_from_its_file(digits, tmp_path):
 
 def test_the_written_out_layer_is_the_strategy_s(digits):
     "Both phases in one step from the same rows: the gradient of autograd."
-    layer = one_layer(digits, 0, units=30, steps=1, batch_size=20, seed=3)
+    layer = one_layer(digits, 0, units=30, steps=1, batch_size=20, lr=0.01, seed=3)
     g = torch.Generator().manual_seed(3)
     own = ff.FFLinear(64, 30, generator=g)
     i = torch.randint(len(digits.y_train), (10,), generator=g)
@@ -129,8 +129,16 @@ def test_a_layer_learns_from_phases_of_one_step_and_no_graph_is_made(options, di
         mock.patch("torch.autograd.grad", side_effect=AssertionError),
         mock.patch("torch.Tensor.backward", side_effect=AssertionError),
     ):
-        layer = one_layer(digits, 1, units=60, steps=1500, **options)
+        layer = one_layer(digits, 1, units=60, steps=1500, lr=0.01, **options)
     assert missed(layer, digits).float().mean() < 0.3
+
+
+def test_centred_images_let_phases_be_far_apart(digits):
+    errors = [
+        missed(one_layer(digits, 100, centred=centred, units=60, steps=2400, lr=0.003), digits, centred).float().mean()
+        for centred in (True, False)
+    ]
+    assert errors[0] < 0.25 < errors[1] - 0.1
 
 
 def test_a_row_says_what_was_run(digits):
