@@ -180,8 +180,8 @@ def stream(learner, x, y):
 def row_of(images, seed, name, where, count=5000, **options):
     """The result row of a learner after `count` training images, in an order of the seed's own.
 
-    name: of the rows; where: what `runs.origin` says; options: of `Streamed`. The curve is the error in % of each 500
-    images, read before they are learned from.
+    name: of the rows; where: what `runs.origin` says; options: of `Streamed`. The curve is the error in % of each tenth
+    of the stream, read before it is learned from.
     """
     start, learner = time.perf_counter(), Streamed(inputs=images.num_pixels, seed=seed, **options)
     order = torch.randperm(len(images.y_train), generator=torch.Generator().manual_seed(seed))[:count]
@@ -194,7 +194,7 @@ def row_of(images, seed, name, where, count=5000, **options):
         config=dict(count=count, **options),
         errors={"test": {"stream": 100 * missed.float().mean().item()}},
         wrong={"stream": pack(missed.numpy())},
-        curves=dict(error=[round(100 * part.float().mean().item(), 2) for part in wrong.split(500)]),
+        curves=dict(error=[round(100 * part.float().mean().item(), 2) for part in wrong.split(max(1, count // 10))]),
         data=dict(name=images.name, checksum=checksum(images), train=count, test=len(images.y_test)),
         seconds=round(time.perf_counter() - start, 2),
         **where,
