@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(digits, tmp_path):
 
 def test_recipes_change_one_part_at_a_time_and_run():
     base = RECIPES["recurrent"]
-    for name, changed in {"hinton": {"objective"}, "uniform": {"strategy"}}.items():
+    for name, changed in {"threshold": {"objective"}, "uniform": {"strategy"}}.items():
         other = RECIPES[f"recurrent-{name}"]
         assert {field for field, value in base if value != getattr(other, field)} - {"name", "target"} == changed
     small = base.vary(data="digits", widths=(60, 60), epochs=6, lr=3e-3, batch_size=50)
