@@ -24,7 +24,7 @@ from .streams import Streams
 
 # %% ../nbs/608_sleep.ipynb #c6080008
 def one_phase_loss(g, sign, theta, scale=1.0):
-    """Hinton's loss of rows of one phase, a scalar. g: goodness `[rows, 1]`; sign: `[rows, 1]`, 1 positive, -1 negative.
+    """Hinton's loss of rows of one phase, a scalar. g: goodness `[rows, 1]`; sign: `[rows, 1]`, 1 or, of negatives, -1.
 
     theta: the threshold; scale: the slope. Source: Hinton (2022), section 2.
     """
@@ -65,8 +65,8 @@ class OnePhase(Objective):
 class SleepStrategy(LabelEmbeddingStrategy):
     """`k` steps of positives, then `k` steps of negatives, and so on; labels as in `label_embedding`.
 
-    form: the goodness, "sum" or "mean"; threshold: "fixed" or "running", see `OnePhase`. A step sees half as many rows as one of
-    both phases. Raises ValueError for k below 1. Source: Hinton (2022), on sleep; the running threshold is ours.
+    form: the goodness, "sum" or "mean"; threshold: "fixed" or "running", see `OnePhase`. A step sees half as many
+    rows as one of both phases. Raises ValueError for k below 1. Source: Hinton (2022), on sleep; the running threshold is ours.
     """
 
     name = "sleep"
