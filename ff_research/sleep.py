@@ -66,7 +66,8 @@ class SleepStrategy(LabelEmbeddingStrategy):
     """`k` steps of positives, then `k` steps of negatives, and so on; labels as in `label_embedding`.
 
     form: the goodness, "sum" or "mean"; threshold: "fixed" or "running", see `OnePhase`. A step sees half as many
-    rows as one of both phases. Raises ValueError for k below 1. Source: Hinton (2022), on sleep; the running threshold is ours.
+    rows as one of both phases. Raises ValueError for k below 1. Source: Hinton (2022), on sleep; the running threshold
+    is ours.
     """
 
     name = "sleep"
