@@ -48,6 +48,12 @@ METHODS = {
     "spread_labels": Method("FF, labels over the image", "contrasted", "a wrong label, drawn uniformly"),
     "label_channel": Method("FF, label as a channel", "contrasted", "a wrong label, drawn uniformly"),
     "class_pattern": Method("FF, label at every layer", "contrasted", "a wrong label, drawn uniformly"),
+    "clamped_label": Method(
+        "FF, recurrent, label on top", "contrasted", "a wrong label that the network believes", HINTON
+    ),
+    "sleep": Method(
+        "FF, positives and negatives apart in time", "contrasted", "a wrong label, drawn uniformly", HINTON
+    ),
     "scff": Method("SCFF-style", "no", "an image beside another one", "Chen et al. (2025)"),
     "generator": Method("FF without labels, learned negatives", "no", "what a generator makes"),
     "softhebb": Method("SoftHebb-style", "no", "none", "Journé et al. (2023)"),

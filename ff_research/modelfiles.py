@@ -18,14 +18,17 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from . import __version__
-from . import channelwise as channelwise  # what they enter is known by name then
+from . import blackbox as blackbox  # what they enter is known by name then
+from . import channelwise as channelwise
 from . import convolution as convolution
 from . import distance as distance
 from . import forms as forms
 from . import generator as generator
 from . import localclassifiers as localclassifiers
 from . import patterns as patterns
+from . import recurrent as recurrent
 from . import selfcontrast as selfcontrast
+from . import sleep as sleep
 from .architecture import Unknown, Unreadable, by_name, describe, rebuild, without_memory
 from .checks import best_device, replacing, shown
 from .layers import reads_of

@@ -22,14 +22,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 
-from . import channelwise as channelwise  # their networks and strategies are known by name then
+from . import blackbox as blackbox  # their networks and strategies are known by name then
+from . import channelwise as channelwise
 from . import convolution as convolution
 from . import distance as distance
 from . import forms as forms
 from . import generator as generator
 from . import localclassifiers as localclassifiers
 from . import patterns as patterns
+from . import recurrent as recurrent
 from . import selfcontrast as selfcontrast
+from . import sleep as sleep
 from .checks import nearest, one_of, shown
 from .entropy import entropic
 from .goodness import GOODNESSES
@@ -631,6 +634,6 @@ def recipe(name, recipes=None):
 # %% ../nbs/901_recipes.ipynb #6b34fadb
 FILES = tuple(
     """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
-    selfcontrast distance jax generator""".split()
+    selfcontrast distance recurrent sleep jax generator""".split()
 )
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

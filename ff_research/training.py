@@ -49,7 +49,8 @@ class Step:
     def prepare(self, learning, factors, before, report):
         "For an epoch: the heights that learn, the factors on their lr, who redraws, and who is told."
         self.learning, self.factors, self.before, self.report = set(learning), factors, before, report
-        self.last = None if self.collaboration == "all" else max(learning)
+        whole = self.collaboration == "all" or self.asked.iterations  # layers above are read, too
+        self.last = None if whole else max(learning)
 
     @torch.no_grad()
     def __call__(self, s, known=None, gamma=0.0, parity=0):
