@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['GRAPHS', 'KINDS', 'GRAPH_STRATEGIES', 'GRAPH_RUNS', 'geometric', 'Graph', 'check_graph', 'with_split', 'as_graph',
-           'forwardgnn_masks', 'load_graph', 'block_graph', 'structure', 'GraphLayer', 'graph_network', 'ClassNodes',
-           'NodeGoodness', 'GraphStrategy', 'LocalClassifierGraph', 'SingleForward', 'LabelAppended',
-           'VirtualNegatives', 'train_graph', 'node_scores', 'right_share', 'logits_of', 'train_graph_backprop',
-           'node_features', 'node_probe', 'kept_bytes', 'GraphRun', 'run_graph', 'keep_graph_rows']
+           'forwardgnn_masks', 'load_graph', 'block_graph', 'structure', 'sparse_product', 'GraphLayer',
+           'graph_network', 'ClassNodes', 'NodeGoodness', 'GraphStrategy', 'LocalClassifierGraph', 'SingleForward',
+           'LabelAppended', 'VirtualNegatives', 'train_graph', 'node_scores', 'right_share', 'logits_of',
+           'train_graph_backprop', 'node_features', 'node_probe', 'kept_bytes', 'GraphRun', 'run_graph',
+           'keep_graph_rows']
 
-# %% ../nbs/602_graphs.ipynb #8e2ab129
-import contextlib
+# %% ../nbs/602_graphs.ipynb #6e12552e
 import copy
 import hashlib
 import math
@@ -231,7 +231,7 @@ def structure(edges, nodes, kind):
     """Edges `[2, edges]` as a layer of this kind reads them.
 
     gcn: the normalised adjacency with self loops, a sparse matrix (CSR) with a row for each node that receives; sage:
-    the same without weights and loops; gat: the edges as they are.
+    1/degree for each neighbour; gat: the edges as they are.
     """
     one_of(kind, KINDS, "kind of graph layer")
     geometric()
@@ -240,8 +240,33 @@ def structure(edges, nodes, kind):
 
     if kind == "gat":
         return edges
-    edges, weight = gcn_norm(edges, num_nodes=nodes) if kind == "gcn" else (edges, None)
+    if kind == "gcn":
+        edges, weight = gcn_norm(edges, num_nodes=nodes)
+    else:
+        weight = 1 / edges[1].bincount(minlength=nodes)[edges[1]]
     return to_torch_csr_tensor(edges.flip(0), weight, size=(nodes, nodes))
+
+
+class _SparseProduct(torch.autograd.Function):
+    "A sparse matrix times a dense one, whose gradient needs the transpose."
+
+    @staticmethod
+    def forward(ctx, a, transposed, w):
+        ctx.transposed = transposed
+        return a @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, ctx.transposed @ grad
+
+
+def sparse_product(a, w):
+    "`a @ w`; of a sparse a (CSR) the transpose is kept, which autograd would build at each step, for most of its time."
+    if a.layout != torch.sparse_csr:
+        return a @ w
+    if not hasattr(a, "transposed"):
+        a.transposed = a.to_sparse_coo().t().coalesce().to_sparse_csr()
+    return _SparseProduct.apply(a, a.transposed, w)
 
 
 class GraphLayer(Layer):
@@ -261,7 +286,7 @@ class GraphLayer(Layer):
         conv = geometric().nn
         self.inputs, self.units, self.kind, self.free, self.last = inputs, units, kind, free, last
         if kind == "gcn":
-            self.conv = conv.GCNConv(inputs, units, normalize=False)  # done by `structure`, once
+            self.conv = conv.GCNConv(inputs, units)
         elif kind == "sage":
             self.conv = conv.SAGEConv(inputs, units, aggr="mean")
         else:
@@ -271,8 +296,14 @@ class GraphLayer(Layer):
             self.conv = conv.GATConv(inputs, units // heads, heads=heads)
 
     def forward(self, x, edges):
-        x = x.to_dense() if self.kind == "sage" and x.layout == torch.sparse_csr else x
-        h = self.conv(x, edges)
+        own = self.conv
+        if self.kind == "gcn":
+            h = sparse_product(edges, sparse_product(x, own.lin.weight.t())) + own.bias
+        elif self.kind == "sage":
+            h = sparse_product(edges, sparse_product(x, own.lin_l.weight.t())) + own.lin_l.bias
+            h = h + sparse_product(x, own.lin_r.weight.t())
+        else:
+            h = own(x, edges)
         return h if self.last else h.relu()
 
     def hand_on(self, h):
@@ -480,42 +511,44 @@ GRAPH_STRATEGIES = {
     "local_classifier": LocalClassifierGraph,
 }
 
-# %% ../nbs/602_graphs.ipynb #44411b75
-def _fitted(modules, loss, accuracy, *, epochs, lr, weight_decay, every, patience):
-    """Full-batch descent on `loss()`; the state with the best `accuracy()` is put back. Gives what happened.
+# %% ../nbs/602_graphs.ipynb #4e15ac58
+def _fitted(modules, step, *, epochs, lr, weight_decay, every, patience):
+    """Full-batch descent; the state with the best accuracy on the validation nodes is put back. Gives what happened.
 
-    Adam with the weight decay in the gradient; read after every `every` epochs; over after `patience` read-outs
-    without a new best.
+    step: gives the loss and a function that gives the accuracy, both of the weights as they are; Adam with the weight
+    decay in the gradient. The accuracy is read after every `every` epochs, from the forward pass of the next one; over
+    after `patience` read-outs without a new best.
     """
     optimizer = torch.optim.Adam([p for m in modules for p in m.parameters()], lr, weight_decay=weight_decay)
-    best, at, kept, losses, start, epoch = -1.0, 0, [copy.deepcopy(m.state_dict()) for m in modules], [], 0.0, 0
-    start = time.perf_counter()
-    for epoch in range(1, epochs + 1):
-        value = loss()
+    best, at, kept, losses, start = -1.0, 0, [copy.deepcopy(m.state_dict()) for m in modules], [], time.perf_counter()
+    for epoch in range(epochs + 1):  # so many updates are over
+        with torch.set_grad_enabled(epoch < epochs):
+            value, accuracy = step()
         if not math.isfinite(value.item()):
-            raise Diverged(f"the loss is {value.item()} in epoch {epoch}; try a smaller lr than {lr:g}")
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-        if epoch % every == 0 or epoch == epochs:
+            raise Diverged(f"the loss is {value.item()} after epoch {epoch}; try a smaller lr than {lr:g}")
+        if epoch and (epoch % every == 0 or epoch == epochs):
             if (right := accuracy()) > best:
                 best, at, kept = right, epoch, [copy.deepcopy(m.state_dict()) for m in modules]
             elif epoch - at >= patience * every:
                 break
+        if epoch < epochs:
+            losses.append(value.item())
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
     for module, state in zip(modules, kept):
         module.load_state_dict(state)
     seconds = time.perf_counter() - start
     return dict(epochs=epoch, best_epoch=at, validation=100 * (1 - best), seconds=seconds, loss=losses)
 
 
-def _detached(network, below):
-    "A visitor of `walk` for layers that are frozen: no gradient is kept up to the height `below`."
+def _frozen(network, height):
+    "A visitor of `walk` for the layers below a height, without a gradient."
 
-    def visit(height, layer, xs, s, t):
-        with torch.no_grad() if height <= below else contextlib.nullcontext():
+    def visit(i, layer, xs, s, t):
+        with torch.no_grad():
             h = layer(*xs)
-            return h, layer.hand_on(h)
+        return h, layer.hand_on(h)
 
     return visit
 
@@ -542,29 +575,38 @@ def train_graph(
     generator, y = torch.Generator().manual_seed(seed), strategy.known(graph)
     network.objectives = nn.ModuleList(strategy.objective(layer, i) for i, layer in enumerate(network.layers, 1))
     network.strategy, history, asked = strategy, [], strategy.write(graph, graph.validation)
-    for height, (layer, own) in enumerate(zip(network.layers, network.objectives), start=1):
-        below, fixed = _detached(network, height - 1), {}
-
-        def loss(height=height, layer=layer, own=own, below=below, fixed=fixed):
-            s, out = fixed.get("streams"), fixed.get("out")
-            if s is None:
-                s = strategy.streams(graph, y, network, generator)
-                if strategy.fixed:
-                    fixed["streams"] = s
-            if out is None:
-                out = walk(network, s, below, last=height - 1)[height - 1]
-                if strategy.fixed and cached:
-                    fixed["out"] = out
-            h = layer(out, s.side["edges"])
-            return own.loss(own.goodness(h, s), s)
-
-        def accuracy(height=height):
-            scores = node_scores(network, graph, asked, last=height)
-            return right_share(scores, graph, graph.validation)
-
-        options = dict(epochs=epochs, lr=lr, weight_decay=weight_decay, every=every, patience=patience)
-        history.append(_fitted([layer, own], loss, accuracy, **options))
+    options = dict(epochs=epochs, lr=lr, weight_decay=weight_decay, every=every, patience=patience)
+    for height in range(1, len(network.layers) + 1):
+        history.append(_alone(network, graph, strategy, height, y, asked, generator, cached, options))
     return history
+
+
+def _alone(network, graph, strategy, height, y, asked, generator, cached, options):
+    "Train the layer at a height, which reads what the frozen layers below hand on; gives what happened."
+    layer, own, fixed = network.layers[height - 1], network.objectives[height - 1], {}
+    below = node_scores(network, graph, asked, last=height - 1) if height > 1 else 0.0
+
+    def step():
+        s, out = fixed.get("streams"), fixed.get("out")
+        if s is None:
+            s = strategy.streams(graph, y, network, generator)
+        if out is None:
+            out = walk(network, s, _frozen(network, height), last=height - 1)[height - 1]
+        if strategy.fixed:
+            fixed["streams"] = s
+            if cached:
+                fixed["out"] = out
+        h = layer(out, s.side["edges"])
+        g = own.goodness(h, s)
+
+        def accuracy():
+            if strategy.fixed:  # what is asked is what is learned from
+                return right_share(below + g.detach().softmax(1), graph, graph.validation)
+            return right_share(node_scores(network, graph, asked, last=height), graph, graph.validation)
+
+        return own.loss(g, s), accuracy
+
+    return _fitted([layer, own], step, **options)
 
 
 @torch.no_grad()
@@ -611,18 +653,13 @@ def train_graph_backprop(network, graph, epochs=1000, *, lr=1e-3, weight_decay=5
     side = {"edges": structure(graph.edges, len(graph), network.layers[0].kind)}
     s = Streams(graph.x, None, (len(graph),), side)
 
-    def logits():
-        return walk(network, s)[len(network.layers)]
-
-    def loss():
-        return F.cross_entropy(logits()[graph.train], graph.y[graph.train])
-
-    def accuracy():
-        with torch.no_grad():
-            return right_share(logits(), graph, graph.validation)
+    def step():
+        z = walk(network, s)[len(network.layers)]
+        loss = F.cross_entropy(z[graph.train], graph.y[graph.train])
+        return loss, lambda: right_share(z.detach(), graph, graph.validation)
 
     options = dict(epochs=epochs, lr=lr, weight_decay=weight_decay, every=every, patience=patience)
-    return [_fitted([network.layers], loss, accuracy, **options)]
+    return [_fitted([network.layers], step, **options)]
 
 # %% ../nbs/602_graphs.ipynb #0576f3fc
 def node_features(network, graph):
