@@ -176,7 +176,9 @@ def test_it_learns_and_no_layer_teaches_the_one_below(blocks, name):
     def watch(i):
         def hook(module, args, out):
             if out.requires_grad:
-                seen.setdefault(i, []).append([{k: v.clone() for k, v in n.state_dict().items()} for n in network.layers])
+                seen.setdefault(i, []).append(
+                    [{k: v.clone() for k, v in n.state_dict().items()} for n in network.layers]
+                )
 
         return hook
 
@@ -279,7 +281,9 @@ def test_graphs_of_torch_geometric():
         check_graph(club)
     masks = torch.zeros(4, 2, dtype=torch.bool)
     masks[0, 0] = masks[1, 1] = True
-    data = Data(x=torch.eye(4), edge_index=torch.tensor([[0, 1], [1, 0]]), y=torch.tensor([0, 1, 0, 1]), train_mask=masks)
+    data = Data(
+        x=torch.eye(4), edge_index=torch.tensor([[0, 1], [1, 0]]), y=torch.tensor([0, 1, 0, 1]), train_mask=masks
+    )
     assert graphs.as_graph(data, split=1).train.tolist() == [False, True, False, False]
     with pytest.raises(ValueError, match="splits 0 to 1"):
         graphs.as_graph(data, split=2)
@@ -346,7 +350,11 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for call in (lambda: GraphLayer(3, 4), lambda: load_graph("cora", root=tmp_path), lambda: structure(None, 3, "gcn")):
+    for call in (
+        lambda: GraphLayer(3, 4),
+        lambda: load_graph("cora", root=tmp_path),
+        lambda: structure(None, 3, "gcn"),
+    ):
         with pytest.raises(ImportError, match=r'pip install "ff_research\[graph\]"'):
             call()
 

@@ -89,7 +89,11 @@ def test_the_book_and_how_to_get_it(tmp_path):
 def test_counts_are_counted(verse):
     most = verse.y_train.bincount().argmax()
     assert torch.equal(count_missed(verse, 0), verse.y_test != most)
-    assert count_missed(verse, 9).float().mean() < count_missed(verse, 1).float().mean() < count_missed(verse, 0).float().mean()
+    assert (
+        count_missed(verse, 9).float().mean()
+        < count_missed(verse, 1).float().mean()
+        < count_missed(verse, 0).float().mean()
+    )
     with pytest.raises(ValueError, match="0 to 10"):
         count_missed(verse, 11)
 
@@ -159,6 +163,7 @@ QUIET_PROBE = dict(precision="fp32", device="cpu")
 
 def test_no_layer_teaches_the_one_below(verse):
     "The first layer's weights after training do not depend on the second one's being there."
+
     def first(widths):
         network = made(verse, widths)
         for layer, seed in zip(network.layers, (1, 2)):
