@@ -24,7 +24,7 @@ from .readout import features, fit_probe, head_error
 from .results import append_row, read_rows, results_folder, same_run
 from .runs import check_seed, fingerprint, origin, rounded
 from .statistics import pack
-from .strategies import STRATEGIES, PlainPositives, register
+from .strategies import STRATEGIES, PlainPositives
 from .training import train
 
 # %% ../nbs/603_sequences.ipynb #f7769e5c
@@ -101,11 +101,10 @@ def _codes(x):
     "The characters of images `[n, 1, window, symbols]`, int64 `[n, window]`; a blank row counts as the first symbol."
     return x[:, 0].argmax(2)
 
-# %% ../nbs/603_sequences.ipynb #ecad92eb
+# %% ../nbs/603_sequences.ipynb #9b77d04f
 SOURCES = ("teacher", "free", "random")
 
 
-@register
 class OwnPredictions(PlainPositives):
     """Positives are windows of the text, negatives end in (or consist of) what the network itself would write.
 

@@ -237,7 +237,6 @@ ORDER = [
     "cost",
     "measures",
     "searches",
-    "continual",
     "sequences",
     "graphs",
     "runs",

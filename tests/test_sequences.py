@@ -132,7 +132,7 @@ def test_the_softmax_takes_the_gradient_step_of_cross_entropy(verse):
 def test_sources_have_names():
     with pytest.raises(ValueError, match="did you mean 'teacher'"):
         OwnPredictions(30, "techer")
-    assert STRATEGIES["own_predictions"] is OwnPredictions and not OwnPredictions.contrasts_labels
+    assert "own_predictions" not in STRATEGIES  # it reads texts, not any images
 
 
 # Learning, alone
@@ -155,7 +155,7 @@ def test_learned_layers_are_better_than_fixed_ones(verse):
     network, fixed = made(verse, (40, 40)), made(verse, (40, 40))
     train(network, verse, OwnPredictions(30), 15, **ADAM, **QUIET)
     errors = [linear_probe(n, verse, neutral_label=False, **QUIET_PROBE)["test"]["layer_2"] for n in (network, fixed)]
-    assert errors[0] < errors[1] + 5
+    assert errors[0] < errors[1]
 
 
 QUIET_PROBE = dict(precision="fp32", device="cpu")
