@@ -117,7 +117,7 @@ class OwnPredictions(PlainPositives):
 
     name = "own_predictions"
 
-    def __init__(self, num_classes, source="teacher", rollout=20, first=2, rate=1.0):
+    def __init__(self, num_classes, source="teacher", rollout=20, first=2, rate=3.0):
         super().__init__(num_classes)
         one_of(source, SOURCES, "source of negatives")
         self.source, self.rollout, self.first, self.rate = source, rollout, first, rate
@@ -149,10 +149,10 @@ class OwnPredictions(PlainPositives):
 
     def generate(self, x, y, network=None, generator=None):
         x = as_float(x)
-        p = None if self.source == "random" else self.learn(network, x)
+        p = self.learn(network, x)
         if self.source == "free":
             return self.written(network, x, generator)
-        if p is None:
+        if self.source == "random":
             real = _codes(x)[:, -1]
             own = (real + torch.randint(1, self.num_classes, real.shape, generator=generator)) % self.num_classes
         else:

@@ -151,14 +151,16 @@ def test_it_learns_and_resumes_to_the_bit(verse, source, tmp_path):
     assert go_on(network, VERSE, 5).startswith(decode(encode(VERSE))) and network.strategy.weight.abs().sum() > 0
 
 
-def test_learned_layers_are_better_than_fixed_ones(verse):
-    network, fixed = made(verse, (40, 40)), made(verse, (40, 40))
-    train(network, verse, OwnPredictions(30), 15, **ADAM, **QUIET)
-    errors = [linear_probe(n, verse, neutral_label=False, **QUIET_PROBE)["test"]["layer_2"] for n in (network, fixed)]
-    assert errors[0] < errors[1]
-
-
-QUIET_PROBE = dict(precision="fp32", device="cpu")
+def test_layers_tell_the_text_from_what_the_network_writes(verse):
+    "And the softmax learns along: more right than the most frequent character."
+    network, strategy = made(verse, (40, 40)), OwnPredictions(30)
+    history = train(network, verse, strategy, 10, **ADAM, **QUIET)
+    assert min(history.epochs[-1]["separation"]) > 0.6
+    x, y = ff.data.as_float(verse.x_test), verse.y_test
+    right = (strategy.predicted(network, x).argmax(1) == y).float().mean()
+    assert right > 0.1 + (y == y.bincount().argmax()).float().mean()
+    error = linear_probe(network, verse, neutral_label=False, precision="fp32", device="cpu")["test"]["layer_2"]
+    assert error < 5
 
 
 def test_no_layer_teaches_the_one_below(verse):
