@@ -221,7 +221,8 @@ class TextRun:
     """What a row of this chapter was made by.
 
     method: "ff" (`OwnPredictions` with this source), "local_classifier", "backprop", "untrained" (fixed hidden layers),
-    "window" (no layers) or "counts" (no network; the most frequent character after `order` others).
+    "window" (no layers) or "counts" (no network; the most frequent character after `order` others). strings, tested: of
+    100 characters to learn from, and to test. every: the probe is fitted to every so many of the training windows.
     """
 
     name: str
@@ -229,11 +230,13 @@ class TextRun:
     source: str = "teacher"
     order: int = 0
     widths: tuple = (200, 200, 200)
-    epochs: int = 4
+    epochs: int = 3
     lr: float = 3e-3
     optimizer: str = "adamw"
     batch_size: int = 250
     strings: int = 248
+    tested: int = 124
+    every: int = 4
 
     def identity(self):
         "All settings but the name, as a row keeps them."
@@ -272,12 +275,11 @@ def run_text(run, images, seed=0):
     else:
         if run.method != "window":
             network, epochs = _trained(run, images, check_seed(seed))
-        f, held = _joined(network, images.x_train), len(images.x_train) // 10
-        parts = (f[:-held], images.y_train[:-held]), (f[-held:], images.y_train[-held:])
-        probe = fit_probe(*parts[0], images.num_classes, l2=(1e-3, 1e-4), validation=parts[1], steps=25)
+        seen = _joined(network, images.x_train[:: run.every]), images.y_train[:: run.every]
+        probe = fit_probe(*seen, images.num_classes, l2=(1e-3,), steps=25)
         wrong["probe"] = probe.missed(_joined(network, images.x_test), images.y_test)
         errors = {"probe": {"all": 100 * wrong["probe"].float().mean().item()}}
-        more = {part: {"probe": {"all": probe.error(*pair)}} for part, pair in zip(("train", "validation"), parts)}
+        more = {"train": {"probe": {"all": probe.error(*seen)}}}
         if run.method == "backprop":
             errors["head"] = head_error(network, images, precision="fp32", device="cpu")
     seconds = sum(epoch["seconds"] for epoch in epochs)
@@ -304,7 +306,7 @@ def keep_text_rows(runs, seeds, folder=None, root=None):
             path = results_folder(folder) / "sequences" / f"{run.name}.jsonl"
             wanted = dict(recipe=run.name, config=run.identity(), seed=seed)
             if not any(same_run(row, wanted) for row in read_rows(path)):
-                row = run_text(run, text_images(text, run.strings, name="aesop"), seed)
+                row = run_text(run, text_images(text, run.strings, run.tested, name="aesop"), seed)
                 append_row(path, row, same=same_run)
                 yield row
 
