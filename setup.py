@@ -13,7 +13,7 @@ cfg = parser["DEFAULT"]
 extras = {
     key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")
 }
-extras["dev"] += extras["book"]
+extras["dev"] += extras["book"] + extras["graph"]
 
 setup(
     name=cfg["lib_name"],

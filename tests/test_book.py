@@ -240,6 +240,8 @@ ORDER = [
     "searches",
     "automata",
     "jax_ff",
+    "sequences",
+    "graphs",
     "runs",
     "recipes",
     "speed",
