@@ -618,10 +618,7 @@ def bench(
     peer: Annotated[Optional[list[str]], typer.Option(help="time another program: loewe=PATH of a clone of it")] = None,
     out: Annotated[Optional[Path], typer.Option(help="a .jsonl file that gets a line for each measurement")] = None,
 ):
-    """Time pairs of programs in turn: a step and its bare products, Forward-Forward and backprop, loops, other programs.
-
-    Ratios are medians, with the smallest and the largest.
-    """
+    "Time pairs of programs in turn. A step and its bare products, backprop, loops over labels, other programs."
     from ff_research.benchmark import BENCHES, against_peer, table
     from ff_research.checks import best_precision, one_of
     from ff_research.runs import origin

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HINTON', 'METHODS', 'BASELINES', 'LOSSES', 'OWN_LOSSES', 'PAPERS', 'SEEDS', 'DATA', 'KINDS', 'SAME', 'COLUMNS', 'CSV',
            'HEAD', 'Method', 'method_of', 'loss_of', 'name_of', 'paper_of', 'has_line', 'read_outs', 'hardware_of',
-           'network_of', 'line_of', 'kind_of', 'leaderboard', 'to_csv', 'shown', 'to_html']
+           'network_of', 'images_of', 'line_of', 'kind_of', 'leaderboard', 'to_csv', 'shown', 'to_html']
 
 # %% ../nbs/918_leaderboard.ipynb #a3f8012d
 import csv
@@ -168,6 +168,13 @@ def network_of(recipe):
     return f"{len(widths)} x {widths[0]}" if len(set(widths)) == 1 else ", ".join(map(str, widths)) or "none"
 
 
+def images_of(recipe):
+    "How a network sees its images: as they are, or without their mean, taken off before or after negatives are made."
+    if recipe.centred:
+        return "centred first"
+    return "centred" if recipe.network.inputs == "centred" else "as they are"
+
+
 def line_of(recipe, rows):
     "One line of the table from the rows of a recipe: numbers as numbers, None where there is none."
     method, kinds = method_of(recipe), Counter(map(hardware_of, rows))
@@ -180,7 +187,7 @@ def line_of(recipe, rows):
         negatives=method.negatives,
     )
     line |= dict(loss=loss_of(recipe), network=network_of(recipe), data=DATA.get(recipe.data, recipe.data))
-    line |= dict(images="centred" if recipe.centred or recipe.network.inputs == "centred" else "as they are")
+    line |= dict(images=images_of(recipe))
     line |= dict(epochs=recipe.length, trials=sum(map(len, recipe.search)) or None)
     for letter, key in zip("ab", read_outs(rows[0])):
         found = interval(rows, key) if key else {}

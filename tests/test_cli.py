@@ -227,7 +227,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("seeds", ["1", "2"])
 def test_compare(seeds, small, shell, folder):
     code, out, err = shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "new/figure.png")
-    assert code == 0 and "100%" in err and f"{15 * int(seeds)}/{15 * int(seeds)}" in err
+    assert code == 0 and "100%" in err and f"{16 * int(seeds)}/{16 * int(seeds)}" in err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert tuple(table) == small and {line["seeds"] for line in table.values()} == {seeds}
@@ -242,7 +242,13 @@ def test_compare(seeds, small, shell, folder):
     }
     assert (
         sorted(r.strategy.name for r in of.values() if r.method == "ff")
-        == sorted(["distance", *(n for n, cls in STRATEGIES.items() if cls.__module__ == "ff_research.strategies")])
+        == sorted(
+            [
+                "distance",
+                "generator",
+                *(n for n, cls in STRATEGIES.items() if cls.__module__ == "ff_research.strategies"),
+            ]
+        )
         and sum(known[name][0] for name in of) == 4
     )
     assert all(("±" in line["linear probe"]) == (seeds == "2") for line in table.values())

@@ -37,7 +37,7 @@ def test_the_package_does_without_and_says_what_to_install():
         "import sys; sys.modules['jax'] = sys.modules['optax'] = None\n"
         "from ff_research import jax_ff\nfrom ff_research.network import Network\n"
         "for call in (jax_ff.needs_jax, jax_ff.direction, lambda: jax_ff.params_of(Network([4, 5, 5])), jax_ff.timed,\n"
-        "             lambda: jax_ff.stepper(None), lambda: jax_ff.jax_row('small-digits')):\n"
+        "             lambda: jax_ff.stepper(None), lambda: jax_ff.jax_row('small-mnist')):\n"
         "    try: call(); raise SystemExit('nothing said')\n"
         "    except ImportError as e: assert 'pip install \"ff_research[jax]\"' in str(e), e\n"
     )
@@ -157,8 +157,9 @@ def test_what_does_not_fit_is_said(digits):
 
 @needs
 def test_it_learns_and_gives_a_row():
-    row = jax_row("small-digits", 0)
-    assert row["config"]["framework"] == "jax" and row["recipe"] == "small-digits"
+    small = RECIPES["small-mnist"].vary(name="small", data="digits", widths=(100,) * 3, epochs=12, batch_size=50)
+    row = jax_row(small, 0)
+    assert row["config"]["framework"] == "jax" and row["recipe"] == "small"
     assert row["errors"]["test"]["per_label"] < 25 and row["errors"]["test"]["ridge"]["layers_2_to_3"] < 15
     assert row["curves"]["loss"][-1][0] < row["curves"]["loss"][0][0]
     assert {"labels", "probe"} == row["wrong"].keys()

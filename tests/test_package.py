@@ -91,7 +91,7 @@ def test_metadata_follows_settings(built):
     assert sorted(need.split(">")[0].replace("_", "-") for need in plain) == sorted(
         need.split(">")[0] for need in cfg["requirements"].split()
     )
-    assert set(metadata.get_all("Provides-Extra")) == {"book", "onnx", "jax", "ray", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"book", "onnx", "graph", "jax", "ray", "dev"}
     assert "ff-research = ff_research.cli:main" in entry_points
 
 
