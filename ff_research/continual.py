@@ -294,7 +294,9 @@ def run_continual(run, seed=0, root=None):
         continual=measures | left_at_the_end(network, tasks),
         shares={name: [[rounded(float(v)) for v in row] for row in share] for name, share in shares.items()},
         weights=fingerprint(network),
-        data=dict(name=run.data, checksum=[checksum(t) for t in tasks], train=run.per_task, test=len(tasks[0].y_test)),
+        data=dict(
+            name=run.data, checksum=" ".join(map(checksum, tasks)), train=run.per_task, test=len(tasks[0].y_test)
+        ),
         seconds=seconds,
         **origin("cpu", "fp32"),
     )
