@@ -241,6 +241,7 @@ ORDER = [
     "automata",
     "jax_ff",
     "sequences",
+    "continual",
     "graphs",
     "runs",
     "recipes",
