@@ -339,8 +339,11 @@ _LIST = (
 CONTINUAL_RUNS = {run.name: run for run in _LIST}
 # Trials: four learning rates for each method; EWC, at a rate of 0.001, strengths instead.
 TRIALS = [
-    replace(run, name=f"{run.name}-trials", held_out=True, **{key: value})
+    replace(run, name=f"{run.name}-trials", held_out=True, lr=lr, strength=strength)
     for run in _LIST
-    for key, values in [("strength", (1e2, 1e3, 1e4, 1e5)) if run.method == "ewc" else ("lr", (1e-4, 3e-4, 1e-3, 3e-3))]
-    for value in values
+    for lr, strength in (
+        [(run.lr, s) for s in (1e2, 1e3, 1e4, 1e5)]
+        if run.method == "ewc"
+        else [(lr, run.strength) for lr in (1e-4, 3e-4, 1e-3, 3e-3)]
+    )
 ]
