@@ -154,6 +154,7 @@ def from_the_command(folder, address):
     assert again.stdout.count("is there already") == 2, again.stderr
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_the_rows_of_a_sequence(cluster, methods, tmp_path):
     "In one test, since a cluster takes its time to start."
     execute(methods)
