@@ -287,7 +287,7 @@ def peer_times(name, path, count=2):
             return pool.submit(_timed_peer, name, str(path), folder, count, torch.get_num_threads()).result()
 
 # %% ../nbs/924_benchmark.ipynb #00300879
-PRINTED = {"mpezeshki": 6.84, "examples": 6.84}  # % test error after 2 x 1000 iterations, mpezeshki's README
+PRINTED = {"mpezeshki": 6.84, "examples": 6.84}  # %, printed by mpezeshki's program; a bound for its descendant
 
 
 def against_peer(name, path, precision="auto", runs=2, quick="swish-symba-quick"):

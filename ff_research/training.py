@@ -542,7 +542,8 @@ def train(
     gradient: no longer local). draw: when negatives are drawn, "batch" or "epoch" (frozen layers' outputs are then
     kept; the default of "greedy"). lr: one rate, or one a layer. lr_schedule: a name of `LR_SCHEDULES`. optimizer:
     "sgd" (momentum 0.9) or "adamw". micro_batch: so many images of a batch at a time go up the layers, and gradients
-    are added up: the same weights up to rounding where the loss is a mean over images. precision: of the matrix products, "auto", "fp32" or "bf16"; goodness is always
+    are added up: the same weights up to rounding where the loss is a mean over images. precision: of
+    the matrix products, "auto", "fp32" or "bf16"; goodness is always
     float32. callbacks: objects with `on_epoch_end(event)`, see `callbacks` and `loops.Event`. after_epoch: called with
     the epoch (from 0) and the network after each. checkpoint: a path; the run's state is kept there after each epoch,
     and a run that finds it goes on from there, also one of more epochs where that is the same, or with extend=True.
