@@ -5,7 +5,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+# Two workers, four where there are cores for them
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n < 2 ? 2 : n > 4 ? 4 : n )))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb))
@@ -33,7 +34,7 @@ $(READY): settings.ini setup.py constraints.txt
 demo: setup  ## train every strategy, backprop and references on bundled digits, print both read-outs, draw a figure
 	@$(BIN)/ff-research compare
 
-test: setup  ## run the tests, and the chapters but the eight longest (ARGS=--slow for all, ARGS="-k data" to choose)
+test: setup  ## run the tests, and the chapters but the ten longest (ARGS=--slow for all, ARGS="-k data" to choose)
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 coverage: setup  ## the same, with the lines of the package that nothing ran

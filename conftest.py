@@ -74,6 +74,14 @@ def pytest_unconfigure(config):
     worker.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced():
+    "Files are not pushed to the disk: nothing here cuts the power, and some disks take a tenth of a second for each."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits():
     "The bundled digits, for any test to read and none to change."
@@ -112,8 +120,8 @@ class Notebook(pytest.File):
 
 
 # Chapters that train longest; what they export has tests of its own.
-LONG = """501_convolution 502_channelwise 503_selfcontrast 504_localclassifiers 505_distance 907_cli 909_reliability
-923_estimator"""
+LONG = """501_convolution 502_channelwise 503_selfcontrast 504_localclassifiers 505_distance 703_models 705_machines
+907_cli 909_reliability 923_estimator"""
 
 
 class Cells(pytest.Item):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'UsageError', 'Data', 'Device', 'Precision', 'Module', 'NAMES', 'READOUTS', 'COLUMNS', 'BASELINES', 'IMAGES',
-           'main', 'list_', 'data', 'run', 'tune', 'measure', 'summary_table', 'table', 'leaderboard', 'compared',
-           'compare', 'predict', 'publish', 'bench']
+           'main_options', 'main', 'list_', 'data', 'run', 'tune', 'measure', 'summary_table', 'table', 'leaderboard',
+           'compared', 'compare', 'predict', 'publish', 'bench']
 
 # %% ../nbs/907_cli.ipynb #a347f9fb
 import os
@@ -20,7 +20,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import results
+from . import __version__, results
 
 # %% ../nbs/907_cli.ipynb #57703dc3
 app = typer.Typer(
@@ -31,6 +31,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+def _version(asked):
+    "Print the version, and nothing else, where it is asked for."
+    if asked:
+        typer.echo(f"ff-research {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+):
+    pass  # without a docstring: the help of the app stays the first line
+
 
 UsageError = typer.BadParameter.__base__  # what Typer raises for arguments that it cannot read
 

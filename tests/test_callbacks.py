@@ -376,14 +376,14 @@ def unbroken():
 @pytest.mark.parametrize(
     "name, where, count",
     [
-        ("ff", "on_epoch_end", 2),
-        ("ff", "state_dict", 3),
+        pytest.param("ff", "on_epoch_end", 2, marks=pytest.mark.slow),
+        pytest.param("ff", "state_dict", 3, marks=pytest.mark.slow),
         ("ff", "write", 3),
-        ("ff", "on_train_end", 0),
-        ("mixing", "on_epoch_end", 3),
+        pytest.param("ff", "on_train_end", 0, marks=pytest.mark.slow),
+        pytest.param("mixing", "on_epoch_end", 3, marks=pytest.mark.slow),
         ("greedy", "on_epoch_end", 3),
-        ("backprop", "write", 3),
-        ("backprop", "on_epoch_end", 3),
+        pytest.param("backprop", "write", 3, marks=pytest.mark.slow),
+        pytest.param("backprop", "on_epoch_end", 3, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_stops_at_the_same_epoch(unbroken, tmp_path, name, where, count):

@@ -252,6 +252,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(few, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_a_saved_network_predicts_the_same_elsewhere(few, tmp_path):
     network = made()
     train(network, few, ChannelCompetitionStrategy(10, loss="pvn", theta=1.5, power=1), 1, **QUIET | ADAM)

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+import ff_research
 from ff_research import cli, measures, results, runs
 from ff_research.cli import main
 from ff_research.recipes import RECIPES
@@ -69,6 +70,10 @@ def test_help_lists_every_command_untruncated(shell):
     assert tuple(listed) == COMMANDS and all(
         line.endswith(".") and not line.endswith("...") for line in listed.values()
     )
+
+
+def test_version_is_the_packages(shell):
+    assert shell("--version")[:2] == (0, f"ff-research {ff_research.__version__}\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -224,7 +229,7 @@ def small(monkeypatch):
     return tuple(r.name for r in usual)
 
 
-@pytest.mark.parametrize("seeds", ["1", "2"])
+@pytest.mark.parametrize("seeds", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_compare(seeds, small, shell, folder):
     code, out, err = shell("compare", "--seeds", seeds, "--workers", "1", "--figure", "new/figure.png")
     assert code == 0 and "100%" in err and f"{16 * int(seeds)}/{16 * int(seeds)}" in err
@@ -309,6 +314,7 @@ def test_a_file_of_ones_own_is_run_tuned_and_measured(shell, folder):
     assert len(read_rows(folder / "results" / "mine.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_reaches_worker_processes(folder):
     (folder / "mine.toml").write_text(MINE)
     command = [*PROGRAM, "run", "mine.toml", "--seeds", "1", "--workers", "2"]
@@ -510,6 +516,7 @@ def test_device_and_precision_stand_in_the_row(own, shell):
         assert made["precision"] == precision and made["device"].startswith("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_strategy_of_ones_own_is_known_to_every_process(own, workers):
     without = subprocess.run([*PROGRAM, "list", "mine.toml"], capture_output=True, text=True, cwd=own)
@@ -522,6 +529,7 @@ def test_a_strategy_of_ones_own_is_known_to_every_process(own, workers):
     assert made["config"]["strategy"] == "shifted_label" and "per_label" in made["errors"]["test"]
 
 
+@pytest.mark.slow
 def test_compare_on_ones_own_images_with_ones_own_method(own, small, shell):
     options = ["--seeds", "1", "--data", "mine.npz", "--module", "my_methods.py"]
     for workers in ("1", "2"):

@@ -45,6 +45,7 @@ def test_defaults_do_well_untuned(fetch, most):
     assert 100 * (1 - cross_val_score(ff.FFClassifier(random_state=0), X, y, cv=FOLDS).mean()) <= most
 
 
+@pytest.mark.slow
 def test_a_label_in_front_beats_one_that_is_written_over_features():
     X, y = load_wine(return_X_y=True)
     errors = {"front": [], "over": []}

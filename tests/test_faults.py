@@ -32,6 +32,7 @@ def lines(module, out, *options, timeout=500):
     )
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits_and_one_row(tmp_path):
     found, code, said = lines("kills", tmp_path / "kills.jsonl", "--count", 15, "--seed", 1)
     assert code == 0, said
@@ -43,6 +44,7 @@ def test_killed_runs_resume_to_the_same_bits_and_one_row(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_harness_notices_a_run_that_comes_back_differently(tmp_path):
     "A library that forgets its momentum resumes to other weights, and the harness must say so."
     script = """
@@ -64,6 +66,7 @@ def mishaps(tmp_path_factory):
     return {line["mishap"]: line for line in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISHAPS)
 def test_mishaps(mishaps, name):
     line = mishaps[name]

@@ -303,6 +303,7 @@ PROGRAM = (
 )
 
 
+@pytest.mark.slow
 def test_a_saved_network_predicts_the_same_elsewhere(few, tmp_path):
     cases = [
         (dict(pooling="average", norm="row"), dict(head="patches", smoothing=0.1)),

@@ -167,6 +167,7 @@ train_on_disk(deep({folder!r}), load("digits"), labels, folder={folder!r}, **SET
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [(5, 30)])  # in the first epoch; later, in the middle of the second layer
 def test_a_killed_run_goes_on_to_the_same_bits(calls, digits, tmp_path):
     one = deep()

@@ -111,6 +111,7 @@ def test_two_processes_give_the_weights_of_one(digits):
         assert [text for text, (*_, wanted) in zip(said, MISTAKES) if wanted not in text] == []
 
 
+@pytest.mark.slow
 def test_three_processes_and_read_outs(digits):
     network, history = expected("label_embedding", digits)
     many = deep()
@@ -132,6 +133,7 @@ class Wild(GoodnessObjective):
         return super().loss(g, s) * float("nan")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so_and_ends_in_every_process(digits):
     with pytest.raises(Diverged, match="layer 3"):
         lr = dict(lr=1e-3, objective=[None, None, Wild(theta="units"), None])

@@ -99,13 +99,13 @@ def unbroken():
 @pytest.mark.parametrize(
     "name, where, count, stored",
     [
-        ("together", "step", 5, 0),  # in the first epoch
+        pytest.param("together", "step", 5, 0, marks=pytest.mark.slow),  # in the first epoch
         ("together", "step", 2 * (3 * BATCHES + 4) + 1, 3),  # in the last, between two layers of one batch
-        ("together", "write", 2, 1),  # while the second epoch is being written
+        pytest.param("together", "write", 2, 1, marks=pytest.mark.slow),  # while the second epoch is being written
         ("greedy", "step", EPOCHS * BATCHES + 2 * BATCHES + 3, EPOCHS + 2),  # in the second layer
-        ("redrawn", "step", 2 * BATCHES + 3, 2),
+        pytest.param("redrawn", "step", 2 * BATCHES + 3, 2, marks=pytest.mark.slow),
         ("bf16", "step", 2 * (2 * BATCHES + 9), 2),
-        ("backprop", "step", 2 * BATCHES + 1, 2),
+        pytest.param("backprop", "step", 2 * BATCHES + 1, 2, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, name, where, count, stored):
@@ -117,6 +117,7 @@ def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, name, where, cou
     assert same(run(name, path), unbroken[name])
 
 
+@pytest.mark.slow
 def test_killed_twice(unbroken, tmp_path):
     path = tmp_path / "run.safetensors"
     killed("together", "step", 2 * (BATCHES + 3), path)

@@ -439,6 +439,7 @@ def test_processes_give_the_rows_that_one_process_gives(tmp_path):
     assert [row for _, _, row in run_many(names, seeds, workers=2, folder=tmp_path / "many", **options)] == [None] * 4
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_cancels_what_has_not_begun(tmp_path):
     wild, still = TINY.vary(name="wild", lr=1e29), RECIPES["random-digits"]
     jobs = run_many([wild, *(still.vary(name=f"still-{n}") for n in range(30))], [0, 1], workers=2, folder=tmp_path)
@@ -447,6 +448,7 @@ def test_an_error_in_a_process_cancels_what_has_not_begun(tmp_path):
     assert len(list(tmp_path.glob("still-*.jsonl"))) < 30
 
 
+@pytest.mark.slow
 def test_processes_know_recipes_that_are_not_the_books(tmp_path):
     done = list(run_many(["tiny"], range(2), recipes={"tiny": TINY}, workers=2, folder=tmp_path, device="cpu"))
     assert sorted((name, seed) for name, seed, _ in done) == [("tiny", 0), ("tiny", 1)]
