@@ -32,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
+
 def _version(asked):
     "Print the version, and nothing else, where it is asked for."
     if asked:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'normalise', 'product', 'add_product_gradient', 'Layer', 'reads_of', 'hand_on', 'units_of', 'FFLinear',
-           'FFConv', 'Merge', 'standardise', 'above_mean', 'prepare']
+           'channels_last_gradient', 'FFConv', 'Merge', 'standardise', 'above_mean', 'prepare']
 
 # %% ../nbs/106_layers.ipynb #c81a8e13
 import math
@@ -153,6 +153,16 @@ class FFLinear(Layer):
         return standardise(h.above if power == 1 else h.above**power)
 
 # %% ../nbs/106_layers.ipynb #80dbdac1
+def channels_last_gradient(h):
+    """The same feature maps; their gradient arrives with its channels last, as pooling on CPUs wants it.
+
+    A gradient in another order makes the backward pass of pooling copy the large maps instead of the small ones.
+    """
+    if h.requires_grad:
+        h.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
+    return h
+
+
 class FFConv(Layer):
     """A convolutional Forward-Forward layer: convolution, ReLU, then pooling and batch normalisation where asked for.
 
@@ -205,12 +215,21 @@ class FFConv(Layer):
         if len(x.shape) != 4 or x.shape[1] != self.inputs:
             raise ValueError(f"FFConv takes [rows, {self.inputs}, height, width], but what it reads is {list(x.shape)}")
         z = self.conv(x if isinstance(x, Rows) else x.contiguous(memory_format=torch.channels_last))
-        h = F.dropout((self.batch_norm(z) if self.norm == "batch_first" else z).relu(), self.dropout, self.training)
-        if self.pool and min(h.shape[2:]) < self.pool:
-            raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")
-        if self.pool:
-            h = F.max_pool2d(h, self.pool) if self.pooling == "max" else F.avg_pool2d(h, self.pool)
+        z = self.batch_norm(z) if self.norm == "batch_first" else z
+        if self.pooling == "max" and not self.dropout:
+            h = self.pooled(z).relu()  # the same numbers as the other way round, and a quarter of the work
+        else:
+            h = self.pooled(F.dropout(z.relu(), self.dropout, self.training))
         return self.batch_norm(h) if self.norm == "batch" else h
+
+    def pooled(self, h):
+        "Feature maps after pooling, or the same ones where there is none."
+        if not self.pool:
+            return h
+        if min(h.shape[2:]) < self.pool:
+            raise ValueError(f"feature maps of {h.shape[2]} x {h.shape[3]} are too small for pool={self.pool}")
+        h = F.max_pool2d(h, self.pool) if self.pooling == "max" else F.avg_pool2d(h, self.pool)
+        return channels_last_gradient(h)
 
     def hand_on(self, h):
         if self.batch_norm is not None:

@@ -448,3 +448,27 @@ def test_wrong_input_is_refused_in_words(few):
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("norm", [None, "batch_first", "batch"])
+def test_pooling_before_relu_gives_the_bits_of_pooling_after_it(norm):
+    "And no large map is copied on the way back: the gradient comes to the pooling with its channels last."
+    from torch.nn import functional as F
+
+    from ff_research.layers import FFConv
+
+    layer = FFConv(3, 8, 3, pool=2, norm=norm, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(4, 8 * 6 * 6, generator=torch.Generator().manual_seed(2))
+
+    def by_hand():
+        z = layer.conv(x.contiguous(memory_format=torch.channels_last))
+        h = F.max_pool2d((layer.batch_norm(z) if norm == "batch_first" else z).relu(), 2)
+        return layer.batch_norm(h) if norm == "batch" else h
+
+    found = []
+    for h in (layer(x), by_hand()):
+        grads = torch.autograd.grad((h.flatten(1) * weights).sum(), list(layer.parameters()))
+        found.append([h.detach(), *grads])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert (found[0][0] != 0).any() and all((grad != 0).any() for grad in found[0][1:2])
