@@ -20,58 +20,79 @@ from .network import Network, register_network
 from .statistics import pack
 
 # %% ../nbs/609_blackbox.ipynb #c6090008
-STAGES = ("bits", "trees")
+STAGES = ("bits", "trees", "curves", "device")
 
 
 class BlackBox(Layer):
-    """A stage between layers that has no weights and no gradient, `[rows, units]` to as many bits, -1 or 1.
+    """A stage between layers that has no weights and no gradient, `[rows, units]` to `[rows, units]`.
 
-    stage: "bits", whether each unit is above its row's mean; "trees", for each output a tree that asks `depth` units so
-    and looks the answer up; seed draws questions and answers. straight_through: let gradients pass as if it were the
-    identity (Bengio et al. 2013); else they are 0.
+    stage: "bits", 1 where a unit is above its row's mean, else -1; "trees", for each output a tree that asks `depth`
+    units so and looks up -1 or 1; "curves", each unit through a wave of its own; "device", a gain and an offset of each
+    unit, noise in every pass, 15 levels from -3 to 3. seed draws what is fixed. Noise is drawn anew in training; in
+    evaluation it is the same for the same number of rows, so that predictions can be repeated. straight_through: let
+    gradients pass as if it were the identity (Bengio et al. 2013); else they are 0. noise: of a device, its standard deviation where inputs have a root
+    mean square of 1.
     """
 
-    def __init__(self, units, stage="bits", straight_through=False, depth=3, seed=0):
+    def __init__(self, units, stage="bits", straight_through=False, depth=3, seed=0, noise=0.1):
         super().__init__()
         one_of(stage, STAGES, "stage")
-        self.units, self.stage, self.straight_through, self.depth, self.seed = (
-            units,
-            stage,
-            straight_through,
-            depth,
-            seed,
-        )
+        self.units, self.stage, self.straight_through = units, stage, straight_through
+        self.depth, self.seed, self.noise = depth, seed, noise
         generator = torch.Generator().manual_seed(seed)
-        asked = torch.randint(0, units, (units, depth), generator=generator)
-        answers = torch.randint(0, 2, (units, 2**depth), generator=generator) * 2 - 1
-        self.register_buffer("asked", asked if stage == "trees" else None)
-        self.register_buffer("answers", answers.float() if stage == "trees" else None)
+        if stage == "trees":
+            self.register_buffer("asked", torch.randint(0, units, (units, depth), generator=generator))
+            answers = torch.randint(0, 2, (units, 2**depth), generator=generator) * 2 - 1
+            self.register_buffer("answers", answers.float())
+        elif stage == "curves":
+            self.register_buffer("pace", 1 + 2 * torch.rand(units, generator=generator))
+            self.register_buffer("phase", 2 * math.pi * torch.rand(units, generator=generator))
+        elif stage == "device":
+            self.register_buffer("gain", torch.exp(0.5 * torch.randn(units, generator=generator)))
+            self.register_buffer("offset", 0.3 * torch.randn(units, generator=generator))
 
     def extra_repr(self):
-        return f"{self.units}, stage={self.stage!r}, straight_through={self.straight_through}"
+        how = f", noise={self.noise}" * (self.stage == "device")
+        return f"{self.units}, stage={self.stage!r}, straight_through={self.straight_through}{how}"
 
     def forward(self, x):
         if x.shape[1:].numel() != self.units:
             raise ValueError(f"BlackBox takes {self.units} units, but what it reads has {x.shape[1:].numel()} a row")
         with torch.no_grad():
-            bits = x > x.mean(1, keepdim=True)
-            if self.stage == "trees":
-                which = sum(bits[:, self.asked[:, i]].long() << i for i in range(self.depth))
-                bits = self.answers.expand(len(x), -1, -1).gather(2, which[:, :, None])[:, :, 0] > 0
-            out = bits.to(x.dtype) * 2 - 1
+            out = getattr(self, self.stage)(x.float()).to(x.dtype)
         return out + (x - x.detach() if self.straight_through else 0 * x)
+
+    def bits(self, x):
+        "One bit of each unit, -1 or 1: below or above the mean of its row."
+        return (x > x.mean(1, keepdim=True)).float() * 2 - 1
+
+    def trees(self, x):
+        "What stands in each output's table for the bits of the units that it asks, -1 or 1."
+        bits = x > x.mean(1, keepdim=True)
+        which = sum(bits[:, self.asked[:, i]].long() << i for i in range(self.depth))
+        return self.answers.expand(len(x), -1, -1).gather(2, which[:, :, None])[:, :, 0]
+
+    def curves(self, x):
+        "A wave of each unit: over the range of its activity it rises and falls up to several times."
+        return 2**0.5 * torch.sin(self.pace * x + self.phase)
+
+    def device(self, x):
+        "A gain and an offset, noise, and 15 levels; what is beyond 3 is cut off."
+        generator = None if self.training else torch.Generator(x.device).manual_seed(self.seed)
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        return ((self.gain * x + self.offset + self.noise * noise) * 7 / 3).round().clamp(-7, 7) * 3 / 7
 
     def hand_on(self, h):
         return h
 
 
 @register_network
-def black_box(shape, widths, seed=0, *, inputs=None, stage="bits", straight_through=False):
+def black_box(shape, widths, seed=0, *, inputs=None, stage="bits", straight_through=False, noise=0.1):
     "Fully connected layers of these widths with a `BlackBox` between any two; shape: of the images."
     generator, sizes = torch.Generator().manual_seed(seed), [math.prod(shape), *widths]
     layers = []
     for i, (a, b) in enumerate(zip(sizes, widths)):
-        layers += [BlackBox(a, stage, straight_through, seed=i)] * (i > 0)
+        layers += [BlackBox(a, stage, straight_through, seed=i, noise=noise)] * (i > 0)
         layers.append(FFLinear(a, b, generator=generator))
     return Network(layers, inputs=inputs)
 
@@ -184,6 +205,7 @@ def row_of(images, seed, name, where, count=5000, **options):
     of the stream, read before it is learned from.
     """
     start, learner = time.perf_counter(), Streamed(inputs=images.num_pixels, seed=seed, **options)
+    torch.manual_seed(seed)  # of a device's noise
     order = torch.randperm(len(images.y_train), generator=torch.Generator().manual_seed(seed))[:count]
     wrong = stream(learner, images.x_train[order], images.y_train[order])
     parts = images.x_test.split(2000)

@@ -634,6 +634,6 @@ def recipe(name, recipes=None):
 # %% ../nbs/901_recipes.ipynb #6b34fadb
 FILES = tuple(
     """papers digits grid collaboration pretext rates crossed goodness convolution channelwise localclassifiers
-    selfcontrast distance recurrent sleep jax generator""".split()
+    selfcontrast distance recurrent sleep jax generator blackbox""".split()
 )
 RECIPES = load_recipes(*(Path(str(files("ff_research"))) / "configs" / f"{theme}.toml" for theme in FILES), recipes={})

@@ -236,7 +236,7 @@ def neutral_of(recipe, network):
 
 def _by_scores(network, images, **where):
     "Errors by the layers' own class scores, or nothing where no objective has any."
-    scored = [own for own in network.objectives if type(own).scores is not Objective.scores]
+    scored = any(own is not None and type(own).scores is not Objective.scores for own in network.objectives)
     return {"scores": scores_errors(network, images, **where)} if scored else {}
 
 

@@ -11,6 +11,8 @@ import ff_research as ff
 from ff_research.backprop import train_backprop
 from ff_research.blackbox import STAGES, BlackBox, Streamed, black_box, layer_step, row_of, stream
 from ff_research.objectives import swish_symba
+from ff_research.recipes import RECIPES
+from ff_research.runs import run
 from ff_research.readout import head_error, per_label_goodness
 from ff_research.statistics import unpack
 from ff_research.strategies import STRATEGIES
@@ -22,10 +24,12 @@ ADAM = dict(optimizer="adamw", lr=3e-3, weight_decay=0.0, batch_size=50)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_gives_bits_and_no_gradient_unless_it_pretends(stage):
+def test_a_stage_has_no_gradient_unless_it_pretends(stage):
     x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    plain, through = BlackBox(12, stage), BlackBox(12, stage, straight_through=True)
-    assert torch.allclose(plain(x), through(x), atol=1e-6) and torch.allclose(plain(x).abs(), torch.ones(7, 12))
+    plain, through = BlackBox(12, stage).eval(), BlackBox(12, stage, straight_through=True).eval()
+    assert torch.allclose(plain(x), through(x), atol=1e-6)
+    if stage in ("bits", "trees"):
+        assert torch.equal(plain(x).abs(), torch.ones(7, 12))
     weights = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
     assert not torch.autograd.grad((plain(x) * weights).sum(), x)[0].any()
     torch.testing.assert_close(torch.autograd.grad((through(x) * weights).sum(), x)[0], weights)
@@ -39,6 +43,25 @@ def test_trees_are_looked_up_by_hand():
         for unit in range(6):
             which = sum(int(bits[row, box.asked[unit, i]]) << i for i in range(3))
             assert box(x)[row, unit] == box.answers[unit, which]
+
+
+def test_curves_are_waves_and_a_device_is_noisy_in_training_only():
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    curves, device, quiet = BlackBox(6, "curves"), BlackBox(6, "device"), BlackBox(6, "device", noise=0.0)
+    torch.testing.assert_close(curves(x), 2**0.5 * torch.sin(curves.pace * x + curves.phase))
+    levels = (device(x) * 7 / 3).unique()
+    assert torch.allclose(levels, levels.round(), atol=1e-5) and levels.abs().max() <= 7.001
+    assert not torch.equal(device(x), device(x)) and torch.equal(quiet(x), quiet(x))
+    inside = (quiet.gain * x + quiet.offset).clamp(-3, 3)
+    assert (quiet(x) - inside).abs().max() <= 3 / 14 + 1e-5  # half a level
+    assert (device(x) - inside).std() > 0.1
+    assert torch.equal(device.eval()(x), device(x))
+
+
+def test_a_recipe_with_a_layer_that_learns_nothing_gives_a_row(digits, tmp_path):
+    recipe = RECIPES["blackbox-device"].vary(data="digits", epochs=1, widths=(20, 20))
+    row = run(recipe, 0, device="cpu", precision="fp32", progress=False)
+    assert set(row["errors"]["test"]) == {"per_label", "ridge"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -453,10 +453,6 @@ def test_wrong_input_is_refused_in_words(few):
 @pytest.mark.parametrize("norm", [None, "batch_first", "batch"])
 def test_pooling_before_relu_gives_the_bits_of_pooling_after_it(norm):
     "And no large map is copied on the way back: the gradient comes to the pooling with its channels last."
-    from torch.nn import functional as F
-
-    from ff_research.layers import FFConv
-
     layer = FFConv(3, 8, 3, pool=2, norm=norm, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     weights = torch.randn(4, 8 * 6 * 6, generator=torch.Generator().manual_seed(2))
