@@ -792,8 +792,9 @@ def keep_graph_rows(runs, seeds, folder=None, root=None):
 
 # %% ../nbs/602_graphs.ipynb #b17ae4c9
 _SHORT: dict[str, Any] = dict(epochs=200, every=10, patience=10)  # for what is not compared with the paper
-_BRIEF: dict[str, Any] = dict(epochs=60, every=5, patience=12, lr=5e-3)
+_COARSE: dict[str, Any] = dict(every=10, patience=20)  # as many steps without a new best as the others, fewer read-outs
 _CONTRAST: dict[str, Any] = dict(epochs=60, every=30, patience=2, lr=1e-2)
+_CONTRAST_ML: dict[str, Any] = dict(epochs=200, every=20, patience=5, lr=1e-2)
 _LIST = (
     GraphRun("cora-ml-backprop-sum", "cora_ml", "backprop", scale="sum"),
     GraphRun("cora-ml-backprop", "cora_ml", "backprop"),
@@ -804,12 +805,14 @@ _LIST = (
     GraphRun("cora-ml-features-averaged", "cora_ml", "features", hops=2),
     GraphRun("cora-ml-backprop-1-sum", "cora_ml", "backprop", widths=(128,), scale="sum"),
     GraphRun("cora-ml-backprop-1", "cora_ml", "backprop", widths=(128,)),
-    GraphRun("cora-ml-sage-backprop", "cora_ml", "backprop", kind="sage", **_BRIEF),
-    GraphRun("cora-ml-sage-single-forward", "cora_ml", "single_forward", kind="sage", **_BRIEF),
-    GraphRun("cora-ml-sage-single-forward-one-way", "cora_ml", "single_forward", kind="sage", back=False, **_BRIEF),
-    GraphRun("cora-ml-gat-single-forward-one-way", "cora_ml", "single_forward", kind="gat", back=False, **_BRIEF),
-    GraphRun("cora-ml-gat-backprop", "cora_ml", "backprop", kind="gat", **_BRIEF),
-    GraphRun("cora-ml-gat-single-forward", "cora_ml", "single_forward", kind="gat", **_BRIEF),
+    GraphRun("cora-ml-sage-backprop", "cora_ml", "backprop", kind="sage", **_COARSE),
+    GraphRun("cora-ml-sage-single-forward", "cora_ml", "single_forward", kind="sage", **_COARSE),
+    GraphRun("cora-ml-sage-single-forward-one-way", "cora_ml", "single_forward", kind="sage", back=False, **_COARSE),
+    GraphRun("cora-ml-gat-single-forward-one-way", "cora_ml", "single_forward", kind="gat", back=False, **_COARSE),
+    GraphRun("cora-ml-gat-backprop", "cora_ml", "backprop", kind="gat", **_COARSE),
+    GraphRun("cora-ml-gat-single-forward", "cora_ml", "single_forward", kind="gat", **_COARSE),
+    GraphRun("cora-ml-label-appended", "cora_ml", "label_appended", **_CONTRAST_ML),
+    GraphRun("cora-ml-virtual-negatives", "cora_ml", "virtual_negatives", **_CONTRAST_ML),
     GraphRun("cora-backprop", "cora", "backprop", **_SHORT),
     GraphRun("cora-single-forward", "cora", "single_forward", **_SHORT),
     GraphRun("cora-single-forward-one-way", "cora", "single_forward", back=False, **_SHORT),
