@@ -30,8 +30,8 @@ class BlackBox(Layer):
     units so and looks up -1 or 1; "curves", each unit through a wave of its own; "device", a gain and an offset of each
     unit, noise in every pass, 15 levels from -3 to 3. seed draws what is fixed. Noise is drawn anew in training; in
     evaluation it is the same for the same number of rows, so that predictions can be repeated. straight_through: let
-    gradients pass as if it were the identity (Bengio et al. 2013); else they are 0. noise: of a device, its standard deviation where inputs have a root
-    mean square of 1.
+    gradients pass as if it were the identity (Bengio et al. 2013); else they are 0. noise: of a device, its standard
+    deviation where inputs have a root mean square of 1.
     """
 
     def __init__(self, units, stage="bits", straight_through=False, depth=3, seed=0, noise=0.1):

@@ -325,7 +325,8 @@ class GraphLayer(Layer):
 def graph_network(graph, widths=(128, 128), kind="gcn", seed=0, *, extra=0, backprop=False):
     """A `Network` of graph layers of these widths for a graph.
 
-    extra: how many numbers a strategy puts beside the features, its `extra_inputs`. backprop: layers hand on their activity as it is, and the last has a unit a class and no ReLU.
+    extra: how many numbers a strategy puts beside the features, its `extra_inputs`. backprop: layers hand on their
+    activity as it is, and the last has a unit a class and no ReLU.
     """
     numbers, layers = [graph.x.shape[1] + extra, *widths], []
     with torch.random.fork_rng(devices=[]):

@@ -176,8 +176,9 @@ def train_pipeline(
     numbers (dropout), which it then does from its own process's generator. blocks: `[(first, end), …]` of each
     process's layers, counted from 0; None: `split` by numbers of weights. ahead: how many batches may wait between two
     stages. Other arguments as in `train`; collaboration: None or "previous". The history has, beside what `train`
-    tells, for each stage `busy`, the seconds of an epoch in which it computed, and `cpu`, CPU seconds with sending. Raises ValueError as `train`, and for
-    a network, a strategy or a collaboration in which anything waits for a layer above.
+    tells, for each stage `busy`, the seconds of an epoch in which it computed, and `cpu`, CPU seconds with sending.
+    Raises ValueError as `train`, and for a network, a strategy or a collaboration in which anything waits for a layer
+    above.
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
