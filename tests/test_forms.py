@@ -15,7 +15,7 @@ def test_recipes_name_every_form_with_equal_numbers_of_trials():
     chosen = [r for name, r in RECIPES.items() if name.startswith("goodness-")]
     named = {dict(r.objective.options)["goodness"] for r in chosen}
     assert named == {*FORMS, "mean_of_squares", "mean_activity"}
-    assert {sum(map(len, r.search)) for r in chosen} == {6}
+    assert {sum(map(len, r.search)) for r in chosen} == {8}
     for r in chosen:
         form = GOODNESSES[dict(r.objective.options)["goodness"]]
         assert objective_of(r).of_activity is form and goodness_of(r) is form
