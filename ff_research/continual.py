@@ -20,7 +20,7 @@ from .checks import one_of
 from .data import as_float, checksum, load
 from .network import Network
 from .readout import class_scores, features, fit_ridge, label_goodness
-from .results import append_row, read_rows, results_folder, same_run
+from .results import keep_rows
 from .runs import check_seed, fingerprint, origin, rounded
 from .strategies import STRATEGIES
 from .training import train
@@ -304,14 +304,7 @@ def run_continual(run, seed=0, root=None):
 
 def keep_continual_rows(runs, seeds, folder=None, root=None):
     "Run what has no row yet, into `continual/NAME.jsonl` of the results folder; yields the rows."
-    for seed in seeds:
-        for run in runs:
-            path = results_folder(folder) / "continual" / f"{run.name}.jsonl"
-            wanted = dict(recipe=run.name, config=run.identity(), seed=seed)
-            if not any(same_run(row, wanted) for row in read_rows(path)):
-                row = run_continual(run, seed, root)
-                append_row(path, row, same=same_run)
-                yield row
+    return keep_rows("continual", runs, seeds, lambda run, seed: run_continual(run, seed, root), folder)
 
 
 # Rates and strengths: the best of `TRIALS` by average accuracy within tasks.

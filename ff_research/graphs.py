@@ -33,7 +33,7 @@ from .localclassifiers import LocalClassifier
 from .network import Network, walk
 from .objectives import ClassScores, Objective
 from .readout import fit_ridge
-from .results import append_row, read_rows, results_folder, same_run
+from .results import keep_rows
 from .runs import check_seed, fingerprint, origin, rounded
 from .statistics import pack
 from .strategies import Strategy
@@ -780,16 +780,8 @@ def run_graph(run, seed=0, root=None):
 
 
 def keep_graph_rows(runs, seeds, folder=None, root=None):
-    "Run what has no row yet; rows go to `graphs/NAME.jsonl` in the results folder. Yields name, seed and row."
-    for seed in seeds:
-        for run in runs:
-            path = results_folder(folder) / "graphs" / f"{run.name}.jsonl"
-            wanted = dict(recipe=run.name, config=run.identity(), seed=seed)
-            if any(same_run(row, wanted) for row in read_rows(path)):
-                continue
-            row = run_graph(run, seed, root)
-            append_row(path, row, same=same_run)
-            yield run.name, seed, row
+    "Run what has no row yet, into `graphs/NAME.jsonl` of the results folder; yields the rows."
+    return keep_rows("graphs", runs, seeds, lambda run, seed: run_graph(run, seed, root), folder)
 
 # %% ../nbs/602_graphs.ipynb #b17ae4c9
 _SHORT: dict[str, Any] = dict(epochs=200, every=10, patience=10)  # for what is not compared with the paper

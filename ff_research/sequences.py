@@ -21,7 +21,7 @@ from .checks import one_of
 from .data import Images, as_float, checksum, data_root
 from .network import Network, activities
 from .readout import features, fit_probe, head_error
-from .results import append_row, read_rows, results_folder, same_run
+from .results import keep_rows
 from .runs import check_seed, fingerprint, origin, rounded
 from .statistics import pack
 from .strategies import STRATEGIES, PlainPositives
@@ -301,14 +301,11 @@ def run_text(run, images, seed=0):
 def keep_text_rows(runs, seeds, folder=None, root=None):
     "Run on Aesop's fables what has no row yet, into `sequences/NAME.jsonl` of the results folder; yields the rows."
     text = fables(root)
-    for seed in seeds:
-        for run in runs:
-            path = results_folder(folder) / "sequences" / f"{run.name}.jsonl"
-            wanted = dict(recipe=run.name, config=run.identity(), seed=seed)
-            if not any(same_run(row, wanted) for row in read_rows(path)):
-                row = run_text(run, text_images(text, run.strings, run.tested, name="aesop"), seed)
-                append_row(path, row, same=same_run)
-                yield row
+
+    def make(run, seed):
+        return run_text(run, text_images(text, run.strings, run.tested, name="aesop"), seed)
+
+    return keep_rows("sequences", runs, seeds, make, folder)
 
 
 _LIST = (

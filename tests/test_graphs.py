@@ -374,7 +374,7 @@ def test_a_row_of_a_small_graph(monkeypatch, tmp_path):
     monkeypatch.setattr(graphs, "load_graph", lambda name, split, root: block_graph(120, seed=split))
     methods = [*GRAPH_STRATEGIES, "backprop", "untrained", "features"]
     runs = [GraphRun(f"blocks-{m}", "blocks", m.replace("-", "_"), widths=(8, 8), epochs=4) for m in methods]
-    rows = {name: row for name, _, row in keep_graph_rows(runs, [0], tmp_path)}
+    rows = {row["recipe"]: row for row in keep_graph_rows(runs, [0], tmp_path)}
     assert list(keep_graph_rows(runs, [0], tmp_path)) == []
     assert rows["blocks-backprop"]["errors"]["test"].keys() == {"head", "ridge"}
     assert rows["blocks-label_appended"]["errors"]["test"].keys() == {"per_label", "ridge"}

@@ -23,6 +23,7 @@ from ff_research.results import (
     append_row,
     as_table,
     column,
+    keep_rows,
     latest,
     paired_difference,
     publish,
@@ -379,3 +380,26 @@ def test_rows_of_other_data_are_other_runs():
     assert not same_run(row, row | dict(data=dict(name="mine", checksum="2")))
     assert same_run(row, row) and same_run(row, dict(recipe="a", config={}, seed=0))
     assert same_run(row, row | dict(data=dict(name="mine")))  # published before the checksum was kept
+
+
+def test_rows_that_are_there_are_not_made_again(tmp_path):
+    class Run:
+        def __init__(self, name, rate):
+            self.name, self.rate = name, rate
+
+        def identity(self):
+            return dict(rate=self.rate)
+
+    made = []
+
+    def make(run, seed):
+        made.append((run.name, seed))
+        return dict(recipe=run.name, config=run.identity(), seed=seed)
+
+    a, b = Run("a", 0.1), Run("b", 0.1)
+    next(keep_rows("part", iter([a, b]), [0, 1], make, tmp_path))  # stopped after the first
+    assert read_rows(tmp_path / "part" / "a.jsonl") == [dict(recipe="a", config=dict(rate=0.1), seed=0)]
+    rows = list(keep_rows("part", iter([a, b]), [0, 1], make, tmp_path))
+    assert [(row["recipe"], row["seed"]) for row in rows] == [("b", 0), ("a", 1), ("b", 1)]
+    assert made == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [row["config"] for row in keep_rows("part", [Run("a", 0.2)], [0], make, tmp_path)] == [dict(rate=0.2)]
