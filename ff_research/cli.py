@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'UsageError', 'Data', 'Device', 'Precision', 'Module', 'NAMES', 'READOUTS', 'COLUMNS', 'BASELINES', 'IMAGES',
-           'main_options', 'main', 'list_', 'data', 'run', 'tune', 'measure', 'summary_table', 'table', 'leaderboard',
-           'compared', 'compare', 'predict', 'publish', 'bench']
+           'main', 'list_', 'data', 'run', 'tune', 'measure', 'summary_table', 'table', 'leaderboard', 'compared',
+           'compare', 'predict', 'publish', 'bench']
 
 # %% ../nbs/907_cli.ipynb #a347f9fb
 import os
@@ -41,7 +41,7 @@ def _version(asked):
 
 
 @app.callback()
-def main_options(
+def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
     ] = False,

@@ -247,6 +247,7 @@ ORDER = [
     "recipes",
     "speed",
     "pipeline",
+    "stacked",
     "memory",
     "reach",
     "transfer",
