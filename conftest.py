@@ -5,9 +5,11 @@ cell take it down. `pytest nbs/103_goodness.ipynb` runs one chapter; `--slow` ad
 """
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -75,10 +77,14 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unsynced():
-    "Files are not pushed to the disk: nothing here cuts the power, and some disks take a tenth of a second for each."
+def no_waiting():
+    """No child process holds up the suite for more than five minutes, and files are not pushed to the disk.
+
+    Nothing here cuts the power, and some disks take a tenth of a second for each file.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(subprocess, "run", functools.partial(subprocess.run, timeout=300))
         yield
 
 
