@@ -516,8 +516,7 @@ def test_device_and_precision_stand_in_the_row(own, shell):
         assert made["precision"] == precision and made["device"].startswith("cpu")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_strategy_of_ones_own_is_known_to_every_process(own, workers):
     without = subprocess.run([*PROGRAM, "list", "mine.toml"], capture_output=True, text=True, cwd=own)
     assert without.returncode == 2 and "shifted_label" in without.stderr

@@ -32,7 +32,6 @@ def lines(module, out, *options, timeout=500):
     )
 
 
-@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits_and_one_row(tmp_path):
     found, code, said = lines("kills", tmp_path / "kills.jsonl", "--count", 15, "--seed", 1)
     assert code == 0, said

@@ -105,7 +105,7 @@ def unbroken():
         ("greedy", "step", EPOCHS * BATCHES + 2 * BATCHES + 3, EPOCHS + 2),  # in the second layer
         pytest.param("redrawn", "step", 2 * BATCHES + 3, 2, marks=pytest.mark.slow),
         ("bf16", "step", 2 * (2 * BATCHES + 9), 2),
-        pytest.param("backprop", "step", 2 * BATCHES + 1, 2, marks=pytest.mark.slow),
+        ("backprop", "step", 2 * BATCHES + 1, 2),
     ],
 )
 def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, name, where, count, stored):
