@@ -38,7 +38,9 @@ def paired_convolution(padded, weight, bias, spread=None):
     numbers = count * images.shape[1]
     std = ((square - mean.square()).clamp(min=0) * numbers / (numbers - 1)).sqrt()
     shift = mean[:, None, None, None] * weight.sum((1, 2, 3))[:, None, None]
-    return count * ((product - shift) / (std + 1e-10)[:, None, None, None] + bias[:, None, None])
+    scale = (count / (std + 1e-10))[:, None, None, None]
+    # count * ((product - shift) / std + bias), in one pass over the feature maps
+    return torch.addcmul(count * bias[:, None, None] - scale * shift, product, scale)
 
 # %% ../nbs/503_selfcontrast.ipynb #c5030016
 POOLS = {  # name: function, side of the window, stride, padding
@@ -126,7 +128,7 @@ class SelfContrastConv(Layer):
         spread = x.spread if hasattr(x, "partner") else None
         images = written_out(x) if spread is None else x.base
         check_maps(images, self.inputs, self.kernel)
-        padded = reflected(images.float(), self.kernel)
+        padded = reflected(images.float().contiguous(memory_format=torch.channels_last), self.kernel)
         z = paired_convolution(padded, self.weight, self.bias, spread)
         h = z.relu()
         h.z = z  # what `hand_on` needs beside h
