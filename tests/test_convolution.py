@@ -403,7 +403,8 @@ def test_short_recipes_of_the_shared_network_are_alike():
     for name in names:
         r, long = RECIPES[name], RECIPES[name.removesuffix("-short")]
         assert (r.schedule.epochs, r.optimizer.batch_size, r.network) == (3, 128, long.network)
-        assert r.network.widths == (64, 128, 256, 512) and len(long.search[0]) == 3
+        tried = 4 if r.method == "backprop" else 3  # its best rate of three lay at the edge
+        assert r.network.widths == (64, 128, 256, 512) and len(long.search[0]) == tried
         assert r.vary(name=long.name, epochs=long.schedule.epochs, target=long.target, search=long.search) == long
 
 
