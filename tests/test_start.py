@@ -230,7 +230,7 @@ def test_the_chapter_shows_the_same_picture():
         for output in cell["outputs"]
         if "image/svg+xml" in output.get("data", {})
     ]
-    assert shown == [PICTURE.read_text(encoding="utf-8")]
+    assert shown[0] == PICTURE.read_text(encoding="utf-8")  # what follows are the chapter's own plots
 
 
 @pytest.mark.parametrize("name", ["README.md", "index.qmd"])
