@@ -301,14 +301,13 @@ def standardised(f, y):
     Raises ValueError for features that are not finite.
     """
     check_samples(f, y)
-    if not torch.isfinite(f).all():
-        raise ValueError("the features hold NaN or infinite values")
     f, y = f.detach().to(torch.promote_types(f.dtype, torch.float32)), y.to(torch.long, copy=True)
+    largest = torch.maximum(-f.amin(0), f.amax(0))
+    if not torch.isfinite(largest).all():
+        raise ValueError("the features hold NaN or infinite values")
     std, mean = torch.std_mean(f, dim=0, correction=0)
-    scale = torch.where(
-        std > 1e-6 * torch.linalg.vector_norm(f, ord=math.inf, dim=0), 1 / std, 0.0
-    )  # what varies by its rounding only is constant
-    return (f - mean) * scale, y, mean, scale
+    scale = torch.where(std > 1e-6 * largest, 1 / std, 0.0)  # what varies by its rounding only is constant
+    return (f - mean).mul_(scale), y, mean, scale
 
 
 def _chosen(probes, validation):
