@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROWS', 'LARGEST', 'check_samples', 'held_out', 'part_of', 'best_class', 'strategy_of', 'under_labels',
            'goodness_under_labels', 'usual_goodness', 'label_goodness', 'missed_by_label', 'per_label_goodness',
            'class_scores', 'scores_errors', 'features', 'Probe', 'standardised', 'fit_probe', 'fit_ridge',
-           'softmax_head', 'probe_errors', 'read_as', 'linear_probe', 'head_error']
+           'softmax_head', 'probe_errors', 'read_as', 'features_of', 'linear_probe', 'head_error']
 
 # %% ../nbs/111_readout.ipynb #5a966292
 import math
@@ -435,6 +435,15 @@ def read_as(network, images, neutral_label=None):
     return dict(num_classes=None if plain else images.num_classes)
 
 
+def features_of(network, images, neutral_label=None, **options):
+    """Features of the training and of the test images, two lists of `[images, units]`, by which a probe reads them.
+
+    neutral_label: as in `read_as`; options: as in `features`.
+    """
+    how = read_as(network, images, neutral_label) | options
+    return tuple(features(network, x, **how) for x in (images.x_train, images.x_test))
+
+
 def linear_probe(
     network: Network,
     images: Images,
@@ -445,20 +454,22 @@ def linear_probe(
     refit: bool = False,
     power: float = 1,
     missed: dict | None = None,
+    known: tuple | None = None,
     precision: str = "auto",
     device: str | torch.device = "auto",
 ) -> dict[str, dict[str, float]]:
     """Read-out B: errors in % of a linear probe on the frozen activities of each layer, and of several together.
 
     Joined are layers 2…L, or `joined`…L.
-    neutral_label: as in `read_as`. fit, refit, missed: as in `probe_errors`. power: as in `features`.
+    neutral_label: as in `read_as`. fit, refit, missed: as in `probe_errors`. power: as in `features`. known: what
+    `features_of` gives, where it has been computed already.
     Gives {"test": {"layer_1": error, …}, "validation": {…}}; see `probe_errors`.
     """
     check_images_are(images)
     check_samples(images.x_train, images.y_train)
     check_samples(images.x_test, images.y_test)
-    how = read_as(network, images, neutral_label) | dict(power=power, precision=precision, device=device)
-    train, test = (features(network, x, **how) for x in (images.x_train, images.x_test))
+    where = dict(power=power, precision=precision, device=device)
+    train, test = known or features_of(network, images, neutral_label, **where)
     return probe_errors(train, test, images, fit, joined, refit, missed)
 
 

@@ -41,6 +41,7 @@ from .network import NETWORKS
 from .objectives import Objective
 from .pretext import PRETEXTS, pretext
 from ff_research.readout import (
+    features_of,
     fit_probe,
     fit_ridge,
     head_error,
@@ -201,10 +202,10 @@ def fingerprint(network):
     return digest.hexdigest()[:16]
 
 # %% ../nbs/902_runs.ipynb #bf77363b
-def _probed(recipe, network, images, refit=False, missed=None, **where):
+def _probed(recipe, network, images, refit=False, missed=None, known=None, **where):
     """Errors of the recipe's linear probes, {kind: {part: {features: error}}}: the plain one, and one for each reading.
 
-    missed: a dictionary that takes which test images the plain probe reads wrong.
+    missed: a dictionary that takes which test images the plain probe reads wrong. known: the plain probe's features.
     """
     kind, fit = ("probe", fit_probe) if recipe.readout.probes == "softmax" else ("ridge", fit_ridge)
     if recipe.method == "pixels":
@@ -212,7 +213,7 @@ def _probed(recipe, network, images, refit=False, missed=None, **where):
         found = probe_errors(*pixels, images, fit, refit=refit, missed=missed)
         return {kind: {part: {"pixels": errors["layer_1"]} for part, errors in found.items()}}
     options = dict(neutral_label=neutral_of(recipe, network), joined=recipe.readout.joined, refit=refit, **where)
-    probes = {kind: dict(fit=fit)} | {name: READINGS[name] for name in recipe.readout.readings}
+    probes = {kind: dict(fit=fit, known=known)} | {name: READINGS[name] for name in recipe.readout.readings}
     options["missed"], found = missed, {}
     for name, how in probes.items():
         found[name] = linear_probe(network, images, **options, **how)
@@ -265,15 +266,15 @@ def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=
             errors[part] |= _by_scores(network, sets[part], **where)
     if not probe and errors[parts[0]]:
         return errors
-    missed = {}
-    for kind, found in _probed(recipe, network, images, whole, missed, **where).items():
+    missed, few = {}, test and recipe.readout.shots and network is not None
+    known = features_of(network, images, neutral_of(recipe, network), **where) if few else None
+    for kind, found in _probed(recipe, network, images, whole, missed, known, **where).items():
         for part in parts:
             errors[part][kind] = {name: round(error, 4) for name, error in found[part].items()}
     if test and wrong is not None:
         wrong["probe"] = list(missed.values())[-1]
-    if test and recipe.readout.shots and network is not None:
-        neutral = neutral_of(recipe, network)
-        how = dict(neutral_label=neutral and images.num_classes if contrasts_labels(recipe) else False, **where)
+    if few:
+        how = dict(neutral_label=neutral_of(recipe, network), known=known, **where)
         few = low_shot_errors(network, images, recipe.readout.shots, **how)
         errors["test"]["low_shot"] = {str(k): round(error, 4) for k, error in few.items()}
     return errors

@@ -81,10 +81,10 @@ def label_pixels(neutral_label, target):
     return target.num_classes if neutral_label is True else neutral_label or None
 
 
-def _matrices(network, target, shape, neutral_label, precision, device):
+def _matrices(network, target, shape, neutral_label, precision, device, known=None):
     """Features of the target's training and test images by the name of the layer, and the target as it was seen.
 
-    Raises ValueError for NaN.
+    known: the features, where they have been computed already. Raises ValueError for NaN.
     """
     target = seen_by(network, target, shape)
     classes, where = label_pixels(neutral_label, target), best_device(device)
@@ -95,7 +95,7 @@ def _matrices(network, target, shape, neutral_label, precision, device):
             return features(network, x, **own, precision=precision, device=device)
         return [as_float(x.to(where) if classes is None else neutral(x.to(where), classes)).flatten(1)]
 
-    train, test = read(target.x_train), read(target.x_test)
+    train, test = known or (read(target.x_train), read(target.x_test))
     names = ["pixels"] if network is None else [f"layer_{i}" for i in range(1, len(train) + 1)]
     for name, *both in zip(names, train, test):
         if not all(torch.isfinite(f).all() for f in both):
@@ -242,6 +242,7 @@ def low_shot_errors(
     layer=None,
     shape=None,
     l2=L2,
+    known=None,
     precision="auto",
     device="auto",
 ):
@@ -250,8 +251,8 @@ def low_shot_errors(
     Each draw is a random subset in which all classes are equally frequent.
     shots: numbers of training images of each class; of one draw, fewer are part of more. seed: of the draws, which
     are the same for every network.
-    layer: the name of one layer, None for layers 2…L together (where there are not three, the last). Other arguments
-    as in `transfer_errors`.
+    layer: the name of one layer, None for layers 2…L together (where there are not three, the last). known: what
+    `features_of` gives for this reading, where it has been computed already. Other arguments as in `transfer_errors`.
     Features are computed once and standardised on all training images, without labels; the strength is chosen among
     `l2` by leaving out each image of a draw in turn.
     Raises ValueError as `transfer_errors` does, and where a class has fewer images (outside the validation part) than
@@ -264,7 +265,7 @@ def low_shot_errors(
             f"{target.name!r}: class {rarest} has {most} training images outside the validation part, too few for "
             f"shots={max(shots)}"
         )
-    matrices, target = _matrices(network, target, shape, neutral_label, precision, device)
+    matrices, target = _matrices(network, target, shape, neutral_label, precision, device, known)
     layer = list(matrices)[-1] if layer is None else layer
     one_of(layer, tuple(matrices), "layer")
     _refuse_constant(matrices[layer][0], layer, target)

@@ -13,7 +13,7 @@ from ff_research import transfer
 from ff_research.backprop import train_backprop
 from ff_research.data import Images, hold_out
 from ff_research.network import Network
-from ff_research.readout import features, fit_ridge, head_error, held_out, linear_probe
+from ff_research.readout import features, features_of, fit_ridge, head_error, held_out, linear_probe
 from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged, train
 from ff_research.transfer import fine_tune, low_shot_errors, refit, transfer_errors, transfer_row
@@ -225,6 +225,19 @@ def test_all_labels_are_the_full_ridge(balanced, widths, strength):
 
 
 @pytest.mark.parametrize("samples, units", [(7, 30), (40, 6)])
+def test_features_that_are_known_are_not_computed_again(network, digits, monkeypatch):
+    how = dict(neutral_label=None, **CPU)
+    anew = low_shot_errors(network, digits, (1, 5), **how), linear_probe(network, digits, fit=fit_ridge, **how)
+    known = features_of(network, digits, None, **CPU)
+    monkeypatch.setattr(transfer, "features", None)
+    monkeypatch.setattr("ff_research.readout.features", None)
+    how |= dict(known=known)
+    assert anew == (
+        low_shot_errors(network, digits, (1, 5), **how),
+        linear_probe(network, digits, fit=fit_ridge, **how),
+    )
+
+
 def test_strength_is_that_of_leaving_out(samples, units):
     generator = torch.Generator().manual_seed(5)
     y = torch.arange(samples) % 4 % 3
