@@ -224,7 +224,6 @@ def test_all_labels_are_the_full_ridge(balanced, widths, strength):
     )  # one image is 0.28; the ridge's own scale is of 1000 images, not 1200
 
 
-@pytest.mark.parametrize("samples, units", [(7, 30), (40, 6)])
 def test_features_that_are_known_are_not_computed_again(network, digits, monkeypatch):
     how = dict(neutral_label=None, **CPU)
     anew = low_shot_errors(network, digits, (1, 5), **how), linear_probe(network, digits, fit=fit_ridge, **how)
@@ -238,6 +237,7 @@ def test_features_that_are_known_are_not_computed_again(network, digits, monkeyp
     )
 
 
+@pytest.mark.parametrize("samples, units", [(7, 30), (40, 6)])
 def test_strength_is_that_of_leaving_out(samples, units):
     generator = torch.Generator().manual_seed(5)
     y = torch.arange(samples) % 4 % 3
