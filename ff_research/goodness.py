@@ -14,8 +14,7 @@ from torch.nn import functional as F
 def row_factor(d_squares, dtype):
     "What multiplies each row of h to give its gradient, `[batch, 1]`, from that in its sum of squares `[batch]`."
     # a saturated loss leaves factors such as 1e-40, and processors multiply numbers that small very slowly
-    factor = 2 * d_squares
-    return torch.where(factor.abs() > 1e-25, factor, 0.0).to(dtype).unsqueeze(-1)
+    return F.hardshrink(2 * d_squares, 1e-25).to(dtype).unsqueeze(-1)
 
 # %% ../nbs/103_goodness.ipynb #db7636f4
 class _SumOfSquares(torch.autograd.Function):

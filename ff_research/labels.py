@@ -139,5 +139,6 @@ def labelled(x, labels, num_classes, value=1.0, dtype=torch.float32):
     if pixels.data_ptr() == x.data_ptr():  # floats pass through as_float uncopied; the caller's must stay as they are
         pixels = pixels.clone(memory_format=torch.contiguous_format)
     pixels[:, :num_classes] = 0
-    patterns = torch.nn.functional.one_hot(labels, num_classes).to(dtype) * value
-    return Labelled(pixels, patterns, x.shape[1:])
+    patterns = torch.zeros(*labels.shape, num_classes, dtype=dtype, device=labels.device)
+    patterns.scatter_(-1, labels.unsqueeze(-1), 1.0)
+    return Labelled(pixels, patterns * value, x.shape[1:])

@@ -43,7 +43,7 @@ def cosine(epoch, epochs):
 LR_SCHEDULES = {"cool_down": cool_down, "constant": constant, "exponential": exponential, "cosine": cosine}
 
 # %% ../nbs/910_optimisers.ipynb #1a1f1f9c
-BLOCK = 1 << 17  # weights at a time: float32 copies of so many stay in a core's own cache
+BLOCK = 1 << 20  # weights at a time: float32 copies of so many stay in the cache that cores share
 
 
 def _descend(weight, momentum, copy_, lr, shrink):
