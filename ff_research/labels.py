@@ -108,7 +108,8 @@ class Labelled(Rows):
     def add_product_gradient(self, dz, total, keep=0.0):
         "The weight gradient of `product`, in place, likewise with the pixels multiplied once: see `Rows`."
         streams, batch, classes = self.patterns.shape
-        shared = dz.view(streams, batch, -1).sum(0)
+        parts = dz.view(streams, batch, -1)
+        shared = parts[0] + parts[1] if streams == 2 else parts.sum(0)  # to the same bits, a tenth of the time
         torch.addmm(total, shared.t(), self.pixels, beta=keep, out=total)
         total[:, :classes] += dz.t() @ self.patterns.view(streams * batch, classes)
         return total
