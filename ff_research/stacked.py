@@ -154,13 +154,14 @@ def train_stack(
     check_images(images, networks[0], epochs, batch_size, strategy)
     device = best_device(device)
     images, strategies = learned_from(images).to(device), [copy.deepcopy(strategy).to(device) for _ in networks]
-    for network, own in zip(networks, strategies):
-        network.to(device).remember(images)
-        network.objectives, network.strategy = local_objectives(network, own, objective, peer, device), own
+    taught = [local_objectives(n.to(device), own, objective, peer, device) for n, own in zip(networks, strategies)]
+    if unfit := [own for own in taught[0] if type(own) is not GoodnessObjective or own.reduction != "rows"]:
+        raise ValueError(f"only a `GoodnessObjective` of rows is stacked, not {unfit[0]}")
+    for network, own, objectives in zip(networks, strategies, taught):
+        network.remember(images)
+        network.objectives, network.strategy = objectives, own
         network.see(images, own.label_pixels)
         own.begin(network, images.x_train[:2])
-    if any(type(own) is not GoodnessObjective or own.reduction != "rows" for own in networks[0].objectives):
-        raise ValueError(f"only a `GoodnessObjective` of rows is stacked, not {networks[0].objectives[0]}")
     settings = (optimizer, torch.tensor(rates, device=device), weight_decay)
     layers = [
         StackedLayer([n.layers[i] for n in networks], [n.objectives[i] for n in networks], *settings)

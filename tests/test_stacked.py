@@ -122,6 +122,7 @@ def test_what_cannot_be_stacked_is_refused_with_the_remedy(few):
         options = dict(strategy=LABELS) | options
         with pytest.raises(ValueError, match=said):
             train_stack(networks, few, options.pop("strategy"), 1, device="cpu", **options)
+        assert all(network.strategy is None for network in networks)  # refused before anything was changed
 
 
 def test_a_network_that_diverges_is_named(few):
