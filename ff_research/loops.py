@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoints import History, claimed, read_checkpoint, restore, save_checkpoint
-from .checks import shown
+from .checks import keeping_memory, shown
 
 # %% ../nbs/913_loops.ipynb #a2b7162a
 def warn(text):
@@ -337,7 +337,7 @@ def run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progr
     share; told: `Told`; compare_with: see `read_checkpoint`.
     """
     history, start, epochs = History(), 0, len(told.table)
-    with claimed(checkpoint):
+    with keeping_memory(), claimed(checkpoint):
         if checkpoint is not None and Path(checkpoint).exists():
             start, stored, history, kept = read_checkpoint(checkpoint, settings, epochs, compare_with)
             told.restore(kept, checkpoint)

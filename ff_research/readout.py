@@ -21,7 +21,7 @@ from .labels import check_room, labelled, neutral
 from .layers import hand_on
 from .network import Network, activities, as_features, reading, ready, run_layer, twin, walk
 from .streams import Streams
-from .checks import one_of
+from .checks import keeping_memory, one_of
 
 # %% ../nbs/111_readout.ipynb #4757381f
 def check_samples(x, y):
@@ -444,6 +444,7 @@ def features_of(network, images, neutral_label=None, **options):
     return tuple(features(network, x, **how) for x in (images.x_train, images.x_test))
 
 
+@keeping_memory()
 def linear_probe(
     network: Network,
     images: Images,

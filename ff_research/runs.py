@@ -33,7 +33,7 @@ from safetensors.torch import save as serialize
 
 import ff_research
 from .backprop import train_backprop
-from .checks import best_device, best_precision, execute, replacing
+from .checks import best_device, best_precision, execute, keeping_memory, replacing
 from .data import DATA_SETS, as_float, centred, checksum, hold_out, load, validation_size
 from .entropy import log_goodness
 from .goodness import GOODNESSES
@@ -339,6 +339,7 @@ def _centred_as_learned(recipe, network, images):
         network.strategy = strategy
 
 # %% ../nbs/902_runs.ipynb #2a55e0c2
+@keeping_memory()
 def run(
     recipe: Recipe | str,
     seed: int = 0,

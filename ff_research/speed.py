@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from .checks import PRECISIONS
+from .checks import PRECISIONS, keeping_memory
 from .learners import Workspace, learner_of
 from . import convolution as convolution  # its network is known by name then
 from .network import NETWORKS, Network, ready
@@ -74,6 +74,7 @@ def step_against_products(
     return timed_in_turn(step, _bare_products(widths, batch_size, PRECISIONS[precision]), runs, steps)
 
 
+@keeping_memory()  # as in training
 def timed_in_turn(step, products, runs, steps):
     "Medians of two functions that are timed in turn, as `step_against_products` gives them."
     times = []
