@@ -79,7 +79,7 @@ def best_precision(precision="auto", device="cpu"):
 
 # %% ../nbs/900_checks.ipynb #bedd1433
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of mallopt, as in malloc.h
-_KEEPING = {_TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20, _MMAP_MAX: 0}  # -1: never
+_KEEPING = {_TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 64 << 20, _MMAP_MAX: 0}
 _USUAL = {_TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
 _lock, _inside = threading.Lock(), 0
 
@@ -97,8 +97,8 @@ def _mallopt():
 def keeping_memory():
     """Within it, memory on the CPU that tensors give back stays with the process, and later ones use it again.
 
-    It works for the whole process, with glibc (the C library of most Linux systems), and changes nothing elsewhere. The
-    process may hold more memory than its tensors take until the block ends. Blocks may be nested.
+    It works for the whole process, with glibc (the C library of most Linux systems), and changes nothing elsewhere. Up
+    to a GiB, and what lies between blocks in use, is held until the end. Blocks may be nested.
     """
     global _inside
     mallopt = _mallopt()
