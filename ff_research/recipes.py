@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'METHODS', 'PROBES', 'READINGS', 'Word', 'Words', 'Data', 'Widths', 'Epochs', 'Rates', 'Number', 'Batch',
-           'LayerNumber', 'Flag', 'Text', 'Options', 'Shots', 'Spans', 'Readings', 'SETTINGS', 'LATER', 'OWN', 'FILES',
-           'RECIPES', 'brief', 'is_whole', 'Part', 'NetworkPart', 'StrategyPart', 'ObjectivePart', 'SchedulePart',
-           'OptimizerPart', 'ReadoutPart', 'as_tuples', 'as_stages', 'Recipe', 'load_recipes', 'recipe']
+           'LayerNumber', 'Flag', 'Text', 'Options', 'Shots', 'Spans', 'Readings', 'SETTINGS', 'LATER', 'OWN', 'BASE',
+           'FILES', 'RECIPES', 'brief', 'is_whole', 'Part', 'NetworkPart', 'StrategyPart', 'ObjectivePart',
+           'SchedulePart', 'OptimizerPart', 'ReadoutPart', 'as_tuples', 'as_stages', 'Recipe', 'load_recipes', 'recipe']
 
 # %% ../nbs/901_recipes.ipynb #328aa6bd
 import inspect
@@ -537,9 +537,13 @@ def _from_table(name, table):
     return Recipe(**fields)
 
 # %% ../nbs/901_recipes.ipynb #205c7e28
+BASE = ("base", True)  # marks an entry that others start from, and nothing else
+
+
 def load_recipes(*paths, recipes=None):
     """The recipes of TOML files, {name: recipe}, in the order of the files.
 
+    An entry with `base = true` is no recipe: other entries of the files start from it.
     recipes: those that entries may start from besides their own; None for the book's. Raises ValueError, in one line
     that names file, entry and field, for whatever a recipe cannot be, a name that is taken, or a circle of `like`.
     """
@@ -559,7 +563,7 @@ def load_recipes(*paths, recipes=None):
         _make(name, entries, made, recipes)
     for name in entries:
         made[name] = made[name].model_copy(update={"search": _shared(name, entries, made, recipes)})
-    return {name: made[name] for name in entries}
+    return {name: made[name] for name, (_, table) in entries.items() if table.get("base") is not True}
 
 # %% ../nbs/901_recipes.ipynb #d2e76fdb
 def _make(name, entries, made, recipes):
@@ -584,7 +588,7 @@ def _make(name, entries, made, recipes):
                 f"{f'; did you mean {near!r}?' if near else '; `ff-research list` shows all'}"
             )
         parent = {} if like is None else _as_table(made.get(like) or recipe(like, recipes))
-        own = {key: value for key, value in table.items() if key not in ("like", "search")}
+        own = {key: value for key, value in table.items() if key not in ("like", "search") and (key, value) != BASE}
         search = table.get("search", ())
         try:
             made[name] = _from_table(

@@ -176,7 +176,8 @@ def test_every_recipe_stands_in_one_place():
     for name in RECIPES:
         found = [theme for theme, text in texts.items() for _ in re.findall(rf"^\[{re.escape(name)}\]$", text, re.M)]
         assert len(found) == 1, name
-    assert sum(len(re.findall(r"^\[", text, re.M)) for text in texts.values()) == len(RECIPES)
+    bases = sum(len(re.findall(r"^base += true$", text, re.M)) for text in texts.values())
+    assert sum(len(re.findall(r"^\[", text, re.M)) for text in texts.values()) - bases == len(RECIPES)
     assert all(text.startswith("# ") for text in texts.values()), "each says on top what it holds"
     assert max(len(line) for text in texts.values() for line in text.splitlines()) <= 120
 
@@ -280,6 +281,19 @@ def test_several_files_that_start_from_each_other(tmp_path):
 
 
 LOEWE = '[mine]\nlike = "loewe"\n'
+
+
+def test_a_base_is_no_recipe_and_others_start_from_it(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[common]\nbase = true\ndata = "digits"\nschedule = { epochs = 3 }\n[one]\nlike = "common"\n'
+        '[two]\nlike = "one"\noptimizer = { lr = 0.01 }\n'
+    )
+    made = load_recipes(path)
+    assert list(made) == ["one", "two"] and made["two"].schedule.epochs == 3 and made["two"].data == "digits"
+    path.write_text('[common]\nbase = "yes"\ndata = "digits"\n')
+    with pytest.raises(ValueError, match="recipe 'common'.*base"):
+        load_recipes(path)
 
 
 @pytest.mark.parametrize(
