@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_ROWS', 'LARGEST', 'check_samples', 'held_out', 'part_of', 'best_class', 'strategy_of', 'under_labels',
            'goodness_under_labels', 'usual_goodness', 'label_goodness', 'missed_by_label', 'per_label_goodness',
-           'class_scores', 'scores_errors', 'features', 'Probe', 'standardised', 'fit_probe', 'fit_ridge',
-           'softmax_head', 'probe_errors', 'read_as', 'features_of', 'linear_probe', 'head_error']
+           'class_scores', 'missed_by_scores', 'scores_errors', 'features', 'Probe', 'standardised', 'fit_probe',
+           'fit_ridge', 'softmax_head', 'probe_errors', 'read_as', 'features_of', 'linear_probe', 'missed_by_head',
+           'head_error']
 
 # %% ../nbs/111_readout.ipynb #5a966292
 import math
@@ -206,16 +207,21 @@ def class_scores(network, x, *, precision="auto", device="auto", batch_size=2000
     return {height: torch.cat([part[height] for part in parts]) for height in parts[0]}
 
 
+def missed_by_scores(network, images, *, split="test", **options):
+    "Which images the class scores get wrong, {name: bool `[images]`}; names, arguments and errors as in `scores_errors`."
+    x, y = part_of(images, split)
+    scores = class_scores(network, x, **options)
+    named = {f"layer_{height}": one for height, one in scores.items()}
+    named |= {"sum": sum(scores.values())} if len(scores) > 1 else {}
+    return {name: best_class(one, "a class score") != y.to(one.device) for name, one in named.items()}
+
+
 def scores_errors(network: Network, images: Images, *, split: str = "test", **options) -> dict[str, float]:
     """Errors in % by the layers' own class scores: of each, "layer_1", …, and of their "sum", if several.
 
     split: "test" or "train"; options as in `class_scores`. Raises ValueError for a network without scores, and for NaN.
     """
-    x, y = part_of(images, split)
-    scores = class_scores(network, x, **options)
-    named = {f"layer_{height}": one for height, one in scores.items()}
-    named |= {"sum": sum(scores.values())} if len(scores) > 1 else {}
-    wrong = {name: best_class(one, "a class score") != y.to(one.device) for name, one in named.items()}
+    wrong = missed_by_scores(network, images, split=split, **options)
     return {name: 100 * missed.float().mean().item() for name, missed in wrong.items()}
 
 # %% ../nbs/111_readout.ipynb #2c737f57
@@ -475,14 +481,23 @@ def linear_probe(
 
 
 @torch.no_grad()
-def head_error(network, images, *, split="test", precision="auto", device="auto", batch_size=2000):
-    "Error in % of the classifier that backpropagation trained on top of the network (`network.head`), on plain images."
+def missed_by_head(network, images, *, split="test", precision="auto", device="auto", batch_size=2000):
+    "Which images the head gets wrong, bool `[images]`; arguments and errors as in `head_error`."
     if not hasattr(network, "head"):
         raise ValueError("the network has no head; train_backprop gives it one")
     x, y = part_of(images, split)
-    read, wrong = twin(network, precision, device), 0
+    read, missed = twin(network, precision, device), []
     with reading(read):
         for part, labels in zip(x.split(batch_size), y.split(batch_size)):
             top = read(part.to(read.device)).flatten(1).to(read.head.weight.dtype)
-            wrong += (best_class(read.head(top), "the head's output") != labels.to(read.device)).sum()
-    return 100 * wrong.item() / len(y)
+            missed.append(best_class(read.head(top), "the head's output") != labels.to(read.device))
+    return torch.cat(missed)
+
+
+def head_error(network, images, *, split="test", **options):
+    """Error in % of the classifier that backpropagation trained on top of the network (`network.head`), on plain images.
+
+    split: "test" or "train"; options: precision, device, batch_size. Raises ValueError for a network without a head.
+    """
+    missed = missed_by_head(network, images, split=split, **options)
+    return 100 * missed.sum().item() / len(missed)

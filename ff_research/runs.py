@@ -44,11 +44,11 @@ from ff_research.readout import (
     features_of,
     fit_probe,
     fit_ridge,
-    head_error,
     linear_probe,
+    missed_by_head,
     missed_by_label,
+    missed_by_scores,
     probe_errors,
-    scores_errors,
 )
 from .recipes import OBJECTIVES, READINGS, Recipe, brief, is_whole
 from .recipes import recipe as named
@@ -235,18 +235,30 @@ def neutral_of(recipe, network):
     return None if own is not None and not own.label_pixels else True
 
 
-def _by_scores(network, images, **where):
-    "Errors by the layers' own class scores, or nothing where no objective has any."
-    scored = any(own is not None and type(own).scores is not Objective.scores for own in network.objectives)
-    return {"scores": scores_errors(network, images, **where)} if scored else {}
+def _own_answers(recipe, network, images, **where):
+    "What the network itself answers, {name: (error in %, or those of the layers; which images it gets wrong)}."
+    out = {}
+    if contrasts_labels(recipe):
+        missed = missed_by_label(network, images, first=first_read(recipe), goodness=goodness_of(recipe), **where)
+        out["per_label"] = 100 * missed.float().mean().item(), missed
+    if recipe.method == "backprop":
+        missed = missed_by_head(network, images, **where)
+        out["head"] = 100 * missed.sum().item() / len(missed), missed
+    if recipe.method == "ff" and any(
+        own is not None and type(own).scores is not Objective.scores for own in network.objectives
+    ):
+        each = missed_by_scores(network, images, **where)
+        errors = {name: 100 * missed.float().mean().item() for name, missed in each.items()}
+        out["scores"] = errors, list(each.values())[-1]
+    return out
 
 
 def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=None, **where):
     """Errors in %, {part: {read-out: error}}, on the validation images and, if `test`, on the test images.
 
     validation: the images with the held-out part as `x_test`. probe: also of the linear probe, which a method without
-    another read-out has in any case. wrong: a dictionary that takes which test images were read wrong, by "labels" and
-    by the joined "probe". where: `device` and `precision`.
+    another read-out has in any case. wrong: a dictionary that takes which test images were read wrong, by "labels", the
+    "head" or the last of the "scores", and by the joined "probe". where: `device` and `precision`.
     """
     whole = recipe.all_images and test  # then nothing is left that validation could mean
     parts = ("test",) if whole else ("validation", "test") if test else ("validation",)
@@ -254,16 +266,10 @@ def errors_of(recipe, network, images, validation, test=True, probe=True, wrong=
         images = replace(images, x_test=validation.x_test, y_test=validation.y_test)
     sets, errors = dict(validation=validation, test=images), {part: {} for part in parts}
     for part in parts:
-        if contrasts_labels(recipe):
-            how = dict(first=first_read(recipe), goodness=goodness_of(recipe), **where)
-            missed = missed_by_label(network, sets[part], **how)
-            errors[part]["per_label"] = 100 * missed.float().mean().item()
+        for name, (error, missed) in _own_answers(recipe, network, sets[part], **where).items():
+            errors[part][name] = error
             if part == "test" and wrong is not None:
-                wrong["labels"] = missed
-        if recipe.method == "backprop":
-            errors[part]["head"] = head_error(network, sets[part], **where)
-        if recipe.method == "ff":
-            errors[part] |= _by_scores(network, sets[part], **where)
+                wrong["labels" if name == "per_label" else name] = missed
     if not probe and errors[parts[0]]:
         return errors
     missed, few = {}, test and recipe.readout.shots and network is not None

@@ -52,7 +52,8 @@ def unpack(text, n=None):
     return np.unpackbits(np.frombuffer(data, np.uint8), count=images).astype(bool)
 
 # %% ../nbs/908_statistics.ipynb #62f6b07e
-_READ = re.compile(r"errors\.test\.(?:(per_label|scores|head)(?:\.\w+)?|(probe|ridge)\.(\w+))")
+_READ = re.compile(r"errors\.test\.(?:(per_label|head)(?:\.\w+)?|(probe|ridge|scores)\.(\w+))")
+_MASKS = {"per_label": "labels", "head": "head", "scores": "scores", "probe": "probe", "ridge": "probe"}
 
 
 def _mask(row, key):
@@ -65,7 +66,7 @@ def _mask(row, key):
         joined = next((name for name in names if name.startswith("layers_")), names[-1] if names else None)
         if found[3] != joined:
             return None
-    text = row["wrong"].get("probe" if found[3] else "labels")
+    text = row["wrong"].get(_MASKS[found[1] or found[2]])
     if text is None:
         return None
     mask, error = unpack(text), value(row, key)

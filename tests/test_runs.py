@@ -21,9 +21,10 @@ from ff_research.entropy import log_goodness
 from ff_research.network import Network
 from ff_research.readout import fit_probe, fit_ridge, linear_probe, per_label_goodness, probe_errors
 from ff_research.recipes import METHODS, RECIPES, Recipe
-from ff_research.results import DamagedRow, read_rows
+from ff_research.results import DamagedRow, read_rows, value
 from ff_research.runs import commit, fingerprint, rows_of, run, run_and_keep, run_many, trained
 from ff_research.searches import validation_error
+from ff_research.statistics import wrong_images
 from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged
 
@@ -69,6 +70,22 @@ def test_read_outs_of_each_method():
         "layer_1",
         "layer_2",
     }
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "key"),
+    [
+        ({}, "labels", "per_label"),
+        (dict(method="backprop"), "head", "head"),
+        (dict(strategy="mono_forward", objective=None), "scores", "scores.sum"),
+    ],
+)
+def test_a_row_says_which_images_each_read_out_got_wrong(what, name, key):
+    row = run(TINY.vary(epochs=1, lr=0.01, **what), 0, **QUIET)
+    joined = [k for k in ("probe", "ridge") if k in row["errors"]["test"]][:1]
+    assert row["wrong"].keys() == {name, *(["probe"] if joined else [])}
+    (mask,) = wrong_images([row], f"errors.test.{key}")
+    assert len(mask) == row["data"]["test"] and 100 * mask.mean() == pytest.approx(value(row, f"errors.test.{key}"))
 
 
 @pytest.mark.parametrize("method", ["ff", "backprop", "random", "pixels"])

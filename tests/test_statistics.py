@@ -112,6 +112,13 @@ def test_which_mask_belongs_to_a_key():
     assert wrong_images([row | dict(wrong=dict(labels=pack(wrong)))], JOINED) is None
     pixels = dict(recipe="p", seed=0, errors=dict(test=dict(ridge=dict(pixels=3.0))), wrong=dict(probe=pack(wrong)))
     assert wrong_images([pixels], "errors.test.ridge.pixels").sum() == 30
+    assert wrong_images([row], "errors.test.head") is None  # rows from before the head's mask was kept
+    scores = dict(layer_1=9.0, layer_2=8.0, sum=3.0)
+    masks = dict(head=pack(np.arange(1000) < 40), scores=pack(wrong))
+    named = row | dict(errors=dict(test=dict(head=4.0, scores=scores)), wrong=masks)
+    assert wrong_images([named], "errors.test.head").sum() == 40
+    assert wrong_images([named], "errors.test.scores.sum").sum() == 30
+    assert wrong_images([named], "errors.test.scores.layer_2") is None
     with pytest.raises(ValueError, match="seed 0: errors.test.per_label is 3.50 %, but its mask .* says 3.00 %"):
         wrong_images([row | dict(errors=dict(test=dict(per_label=3.5)))], LABELS)
     other = with_masks([np.arange(100) < 3])[0] | dict(seed=1)
