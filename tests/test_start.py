@@ -272,7 +272,7 @@ def test_links_inside_the_book_exist(place):
 TABLE = {
     "FF, uniform labels, Hinton's loss": "label-embedding",
     "FF, hard labels, swish-SymBa": "hard-swish",
-    "FF without labels, hybrid images, swish-SymBa": "mixing-swish",
+    "FF without labels, hybrid images": "image-mixing",
     "Local classifier": "mono-forward",
     "Backprop": "backprop",
     "Untrained network": "random",
@@ -290,13 +290,13 @@ def test_each_number_of_the_front_pages_table_is_the_leaderboards(front, lines):
     rows = dict(re.findall(r"^\| \[([^\]]+)\]\([^)]+\) \| (.+) \|$", front, re.M))
     assert rows.keys() == TABLE.keys()
     for name, what in TABLE.items():
-        of = [by_recipe[f"{data}-{what}"] for data in ("mnist", "fashion", "cifar10")]
+        of = [by_recipe[f"centred-{data}-{what}"] for data in ("mnist", "fashion", "cifar10")]
         assert rows[name].split(" | ") == [f"{told(line, 'a')}<br>{told(line, 'b')}" for line in of]
-        assert {(line["network"], line["images"], line["n"]) for line in of} == {("3 x 500", "as they are", 5)}
+        assert {(line["network"], line["images"], line["n"]) for line in of} == {("3 x 500", "centred", 5)}
         assert {line["epochs"] for line in of} == {"0" if what == "random" else "8"}
-        assert {line["trials"] for line in of} == {None if what == "random" else 6}
-        assert name.startswith(of[0]["method"]) and {line["covers"] for line in of} == {"seeds, images by formula"}
-        assert {line["hardware"].split()[-1] for line in of} == {"bf16" if "swish" in what else "fp32"}
+        assert {line["trials"] for line in of} == {None if what == "random" else 8}
+        assert name.startswith(of[0]["method"]) and {line["covers"] for line in of} == {"seeds and images"}
+        assert [line["hardware"].split()[-1] for line in of] == ["bf16", "bf16", "fp32"]
 
 
 def test_the_front_pages_code_and_output_are_those_of_the_first_chapter(front):
