@@ -208,7 +208,7 @@ def class_scores(network, x, *, precision="auto", device="auto", batch_size=2000
 
 
 def missed_by_scores(network, images, *, split="test", **options):
-    "Which images the class scores get wrong, {name: bool `[images]`}; names, arguments and errors as in `scores_errors`."
+    "Which images the class scores get wrong, {name: bool `[images]`}; names and arguments as in `scores_errors`."
     x, y = part_of(images, split)
     scores = class_scores(network, x, **options)
     named = {f"layer_{height}": one for height, one in scores.items()}
@@ -495,7 +495,7 @@ def missed_by_head(network, images, *, split="test", precision="auto", device="a
 
 
 def head_error(network, images, *, split="test", **options):
-    """Error in % of the classifier that backpropagation trained on top of the network (`network.head`), on plain images.
+    """Error in % of the classifier that backpropagation put on top of the network (`network.head`), on plain images.
 
     split: "test" or "train"; options: precision, device, batch_size. Raises ValueError for a network without a head.
     """
