@@ -226,13 +226,13 @@ def run(
     module: Module = None,
 ):
     "Run recipes, one row a seed. What is there is skipped; what was cut off goes on from its last epoch."
-    from ff_research import runs
+    from ff_research import jobs
 
     where = _where(device, precision) if engine == "local" else dict(device=device, precision=precision)
     executed, options = _executed(module), where | dict(engine=engine, workers=workers)
     chosen, _ = _chosen(names, data)
     options |= dict(folder=results_folder, module=module)
-    for name, seed, row in runs.run_many(chosen, range(seeds), **options):
+    for name, seed, row in jobs.run_many(chosen, range(seeds), **options):
         if row is None and executed is not None:
             _look_back([r for r in chosen if r.name == name], [seed], results_folder, executed)
         told = "is there already" if row is None else _told(row["errors"]["test"]) + f", {row['seconds_in_all']:.0f} s"
@@ -498,7 +498,7 @@ def compare(
     "Train and compare on real digits. Every strategy and the baselines, both read-outs, a figure; in a minute."
     from tqdm import tqdm
 
-    from ff_research import runs
+    from ff_research import jobs
     from ff_research.checks import one_of
     from ff_research.recipes import RECIPES
 
@@ -506,9 +506,9 @@ def compare(
     one_of(network, tuple(BASELINES), "network")
     chosen = [*_own(RECIPES, executed, data), *_taken_to(compared(RECIPES, network), data)]
     workers = workers or min(2, os.cpu_count() or 1)
-    jobs, there = runs.run_many(chosen, range(seeds), workers=workers, progress=False, **options), []
+    coming, there = jobs.run_many(chosen, range(seeds), workers=workers, progress=False, **options), []
     with tqdm(total=len(chosen) * seeds, unit="run") as bar:
-        for name, seed, row in jobs:
+        for name, seed, row in coming:
             there += [(name, seed)] if row is None else []
             bar.set_postfix_str(name)
             bar.update()

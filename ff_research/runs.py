@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['commit', 'processor', 'origin', 'check_seed', 'rounded', 'images_of', 'strategy_of', 'contrasts_labels',
            'objective_of', 'network_of', 'first_read', 'fit', 'fingerprint', 'goodness_of', 'neutral_of', 'errors_of',
-           'is_kept', 'trained', 'run', 'rows_of', 'is_there', 'weights_path', 'run_and_keep', 'run_many']
+           'is_kept', 'trained', 'run', 'rows_of', 'is_there', 'weights_path', 'run_and_keep']
 
 # %% ../nbs/902_runs.ipynb #12d4c29d
 import functools
 import hashlib
 import json
 import math
-import os
 import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from datetime import datetime, timezone
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -33,7 +30,7 @@ from safetensors.torch import save as serialize
 
 import ff_research
 from .backprop import train_backprop
-from .checks import best_device, best_precision, execute, keeping_memory, replacing
+from .checks import best_device, best_precision, keeping_memory, replacing
 from .data import DATA_SETS, as_float, centred, checksum, hold_out, load, validation_size
 from .entropy import log_goodness
 from .goodness import GOODNESSES
@@ -452,136 +449,3 @@ def run_and_keep(recipe, seed, *, recipes=None, folder=None, progress=True, **op
         checkpoint.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
     return row
-
-# %% ../nbs/902_runs.ipynb #719e8819
-def run_many(names, seeds, *, recipes=None, engine="local", workers=1, module=None, resources=None, **options):
-    """Run recipes with seeds, several processes at a time, and yield (name, seed, row or None) as they end.
-
-    names: recipes, or names in `recipes` (None: the book's). engine: "local" (processes on this machine, the threads
-    shared out among them) or "ray" (an existing Ray cluster, an extra). module: a file of Python that every other
-    process executes first, so that it knows what is registered there; in this one, call `checks.execute` yourself.
-    resources: what a run takes of a Ray cluster, {"num_cpus": 1} and, where the cluster has GPUs and the device may be
-    one, {"num_gpus": 1}, if left out; the CPUs are the run's threads. options: as in `run_and_keep`. Names are checked
-    before anything runs. Raises ValueError for an unknown recipe or engine, workers < 1, or workers and resources that
-    the engine does not have; ConnectionError without a cluster; BrokenExecutor where a process died too often.
-    """
-    chosen = [named(name, recipes) for name in names]
-    jobs = list(dict.fromkeys((r, check_seed(seed)) for seed in seeds for r in chosen))
-    if workers < 1:
-        raise ValueError(f"workers={workers}: expected at least 1")
-    if engine not in ("local", "ray"):
-        raise ValueError(f"unknown engine {engine!r}; known: local, ray")
-    if engine == "ray" and workers > 1 or engine == "local" and resources:
-        raise ValueError("workers are for engine='local', resources for engine='ray', whose cluster shares itself out")
-    if engine == "ray":
-        yield from _on_ray(jobs, options, _source(module), resources or {})
-    elif workers == 1:
-        for recipe, seed in jobs:
-            yield recipe.name, seed, run_and_keep(recipe, seed, **options)
-    else:
-        yield from _in_processes(jobs, workers, options, _source(module))
-
-
-def _source(module):
-    "Path and text of a file of Python, as `execute` takes them elsewhere; nothing for None."
-    return () if module is None else (str(Path(module).absolute()), Path(module).read_text(encoding="utf-8"))
-
-
-def _worker(recipe, seed, threads, options):
-    torch.set_num_threads(threads)
-    return run_and_keep(recipe, seed, **options)
-
-# %% ../nbs/902_runs.ipynb #e81fe598
-def _in_processes(jobs, workers, options, source=()):
-    "The jobs in fresh processes; when one fails, or the caller stops, those that have not begun are cancelled."
-    threads, options = max(1, torch.get_num_threads() // workers), options | {"progress": False}
-    first = dict(initializer=execute, initargs=source) if source else {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **first) as pool:
-        waiting = {pool.submit(_worker, recipe, seed, threads, options): (recipe, seed) for recipe, seed in jobs}
-        try:
-            for done in as_completed(waiting):
-                recipe, seed = waiting[done]
-                yield recipe.name, seed, done.result()
-        except BaseException as error:
-            processes = list((getattr(pool, "_processes", None) or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not isinstance(error, Exception):  # stopped by hand or by a scheduler: runs have their checkpoints
-                for process in processes:
-                    process.terminate()
-            raise
-
-# %% ../nbs/902_runs.ipynb #f6f2489a
-def _elsewhere(source, recipe, seed, options, kept, here):
-    """A run in a process that may not know the caller's own strategies yet, on a machine that may lack its folders.
-
-    kept: {option: path} of files that are written where this machine has their folder; here: the folder in which the
-    caller stands, from which the paths of its images lead.
-    """
-    import ray
-
-    if os.path.isdir(here):
-        os.chdir(here)
-    if source:
-        execute(*source)
-    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    there = {key: path for key, path in kept.items() if os.access(path.parent, os.W_OK)}
-    return run(recipe, seed, **there | options)
-
-
-def _cluster(device, resources):
-    "Ray, connected to a cluster, and a function that starts a run on it. Raises ConnectionError without a cluster."
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("engine='ray' needs the extra: pip install ff_research[ray]") from error
-    if not ray.is_initialized():
-        try:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
-            raise ConnectionError(
-                "engine='ray' found no Ray cluster: start one with `ray start --head`, or name it in RAY_ADDRESS"
-            ) from error
-    gpu = device.startswith("cuda") or device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1
-    taken = {"num_cpus": 1} | ({"num_gpus": 1} if gpu else {}) | resources
-    return ray, ray.remote(**taken)(_elsewhere)
-
-
-def _on_ray(jobs, options, source=(), resources=()):
-    "The same jobs as Ray tasks; each returns its row, and rows are written where this process runs."
-    folder, root = results_folder(options.pop("folder", None)).absolute(), options.get("root")
-    ray, task = _cluster(str(options.get("device", "auto")), dict(resources))
-    options, waiting, there = options | {"progress": False}, {}, []
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for recipe, seed in jobs:
-        if is_there(recipe, seed, folder, root):
-            there.append((recipe, seed))
-            continue
-        kept = dict(checkpoint=folder / "checkpoints" / f"{recipe.name}-{seed}.safetensors")
-        kept = kept if recipe.schedule.epochs else {}
-        if recipe.readout.probes == "ridge":
-            kept["keep"] = weights_path(recipe, seed, folder)
-            kept["keep"].parent.mkdir(parents=True, exist_ok=True)
-        waiting[task.remote(source, recipe, seed, options, kept, os.getcwd())] = recipe, seed, kept.get("checkpoint")
-    try:
-        yield from ((recipe.name, seed, None) for recipe, seed in there)
-        while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            recipe, seed, checkpoint = waiting.pop(done)
-            row = _fetched(ray, done)
-            append_row(folder / f"{recipe.name}.jsonl", row, same=same_run)
-            if checkpoint is not None:
-                checkpoint.unlink(missing_ok=True)
-            yield recipe.name, seed, row
-    finally:
-        for left in waiting:  # where one failed, or the caller stops: those under way have their checkpoints
-            ray.cancel(left)
-
-
-def _fetched(ray, task):
-    "What a task gave. Raises its own error, or BrokenExecutor where its process or machine died too often."
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        raise BrokenExecutor(f"a Ray task was lost: {str(error).strip().splitlines()[0]}") from error

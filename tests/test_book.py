@@ -243,6 +243,7 @@ ORDER = [
     "sequences",
     "continual",
     "graphs",
+    "jobs",
     "runs",
     "recipes",
     "speed",

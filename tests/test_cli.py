@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import ff_research
-from ff_research import cli, measures, results, runs
+from ff_research import cli, jobs, measures, results
 from ff_research.cli import main
 from ff_research.recipes import RECIPES
 from ff_research.results import append_row, read_rows
@@ -158,13 +158,13 @@ def test_what_a_run_cannot_help_is_one_line(error, shell, monkeypatch):
     def failing(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(runs, "run_many", failing)
+    monkeypatch.setattr(jobs, "run_many", failing)
     code, out, err = shell("run", "loewe")
     assert (code, out) == (2, "") and re.fullmatch(r"ff-research: [^\n]+\n", err)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(runs, "run_many", lambda *arguments, **options: {}["nothing"])
+    monkeypatch.setattr(jobs, "run_many", lambda *arguments, **options: {}["nothing"])
     with pytest.raises(KeyError):
         main(["run", "loewe"])
 

@@ -21,7 +21,8 @@ from ff_research.checkpoints import read_checkpoint
 from ff_research.data import load, load_npz
 from ff_research.recipes import RECIPES, Recipe, recipe
 from ff_research.results import DamagedRow, column, latest, publish, published, read_rows
-from ff_research.runs import run, run_and_keep, run_many
+from ff_research.jobs import run_many
+from ff_research.runs import run, run_and_keep
 from tests.faults import fuzz
 from tests.faults.fuzz import (
     Broken,

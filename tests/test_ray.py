@@ -11,7 +11,7 @@ import pytest
 from ff_research.checks import execute
 from ff_research.recipes import RECIPES
 from ff_research.results import read_rows
-from ff_research.runs import run_many
+from ff_research.jobs import run_many
 from ff_research.strategies import STRATEGIES
 from ff_research.training import Diverged
 

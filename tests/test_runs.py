@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import ff_research
-from ff_research import runs
+from ff_research import jobs, runs
 from ff_research.data import as_float, load
 from ff_research.entropy import log_goodness
 from ff_research.network import Network
 from ff_research.readout import fit_probe, fit_ridge, linear_probe, per_label_goodness, probe_errors
 from ff_research.recipes import METHODS, RECIPES, Recipe
 from ff_research.results import DamagedRow, read_rows, value
-from ff_research.runs import commit, fingerprint, rows_of, run, run_and_keep, run_many, trained
+from ff_research.jobs import run_many
+from ff_research.runs import commit, fingerprint, rows_of, run, run_and_keep, trained
 from ff_research.searches import validation_error
 from ff_research.statistics import wrong_images
 from ff_research.strategies import STRATEGIES
@@ -473,7 +474,7 @@ def test_processes_know_recipes_that_are_not_the_books(tmp_path):
 
 
 def test_jobs_come_seed_by_seed_and_once(monkeypatch):
-    monkeypatch.setattr(runs, "run_and_keep", lambda name, seed, **options: None)
+    monkeypatch.setattr(jobs, "run_and_keep", lambda name, seed, **options: None)
     assert [job[:2] for job in run_many(["loewe", "random", "loewe"], [1, 0, 1])] == [
         ("loewe", 1),
         ("random", 1),

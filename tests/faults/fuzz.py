@@ -42,6 +42,7 @@ import ff_research
 from ff_research import cli, loops, recipes, results, runs, searches, training
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import read_checkpoint as read_back
+from ff_research.checks import keeping_memory
 from ff_research.data import Images, from_arrays, from_dataset, load, load_npz, save_npz
 from ff_research.files import read_arrays
 from ff_research.layers import FFConv, FFLinear, Merge
@@ -147,6 +148,8 @@ def guarded(folder):
     """
     global _trespasses, _ground
     _install()
+    with keeping_memory():  # looks up the C library, once in a process
+        pass
     told, unpickled = {}, []
 
     def refuse(*arguments, **options):
