@@ -243,6 +243,7 @@ ORDER = [
     "sequences",
     "continual",
     "graphs",
+    "graphlayers",
     "jobs",
     "runs",
     "recipes",

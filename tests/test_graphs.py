@@ -10,33 +10,36 @@ from torch.nn import functional as F
 
 import ff_research.graphs as graphs
 from ff_research.checkpoints import Diverged
-from ff_research.graphs import (
-    GRAPH_RUNS,
-    GRAPH_STRATEGIES,
-    ClassNodes,
+from ff_research.graphlayers import (
     Graph,
     GraphLayer,
-    GraphRun,
-    NodeGoodness,
-    SingleForward,
+    as_graph,
     block_graph,
     check_graph,
     forwardgnn_masks,
     graph_network,
+    load_graph,
+    sparse_product,
+    structure,
+    with_split,
+)
+from ff_research.graphs import (
+    GRAPH_RUNS,
+    GRAPH_STRATEGIES,
+    ClassNodes,
+    GraphRun,
+    NodeGoodness,
+    SingleForward,
     keep_graph_rows,
     kept_bytes,
-    load_graph,
     logits_of,
     node_features,
     node_probe,
     node_scores,
     right_share,
     run_graph,
-    sparse_product,
-    structure,
     train_graph,
     train_graph_backprop,
-    with_split,
 )
 from ff_research.results import published
 from ff_research.streams import Streams
@@ -275,7 +278,7 @@ def test_graphs_of_torch_geometric():
     from torch_geometric.data import Data
     from torch_geometric.datasets import KarateClub
 
-    club = graphs.as_graph(KarateClub()[0], "karate")
+    club = as_graph(KarateClub()[0], "karate")
     assert (len(club), club.num_classes, club.edges.shape[1]) == (34, 4, 156) and club.train.sum() == 4
     with pytest.raises(ValueError, match="'karate' has no validation mask"):
         check_graph(club)
@@ -284,9 +287,9 @@ def test_graphs_of_torch_geometric():
     data = Data(
         x=torch.eye(4), edge_index=torch.tensor([[0, 1], [1, 0]]), y=torch.tensor([0, 1, 0, 1]), train_mask=masks
     )
-    assert graphs.as_graph(data, split=1).train.tolist() == [False, True, False, False]
+    assert as_graph(data, split=1).train.tolist() == [False, True, False, False]
     with pytest.raises(ValueError, match="splits 0 to 1"):
-        graphs.as_graph(data, split=2)
+        as_graph(data, split=2)
 
 
 def changed(graph, **parts):
