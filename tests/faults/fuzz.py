@@ -39,7 +39,7 @@ from hypothesis import seed as fixed_seed
 from hypothesis import strategies as st
 
 import ff_research
-from ff_research import cli, loops, recipes, results, runs, searches, training
+from ff_research import cli, jobs, loops, recipes, results, runs, searches, training
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import read_checkpoint as read_back
 from ff_research.checks import keeping_memory
@@ -2327,7 +2327,7 @@ def names(rng, folder):
         lambda: recipes.Recipe(name=name, data="digits"),
         lambda: recipes.recipe(name),
         lambda: runs.run_and_keep(name, 0, folder=folder, progress=False),
-        lambda: list(runs.run_many([name], [0], folder=folder, progress=False)),
+        lambda: list(jobs.run_many([name], [0], folder=folder, progress=False)),
         lambda: results.publish(name, source=folder, target=folder / "shipped"),
         lambda: results.published("" if name is None else name),
         lambda: searches.trials(name, folder),
@@ -2345,7 +2345,7 @@ def seeds(rng, folder):
     quiet = dict(progress=False, device="cpu", precision="fp32")
     calls = (
         lambda: runs.run_and_keep("digits", seed, folder=folder, **quiet),
-        lambda: list(runs.run_many(["digits"], [seed], folder=folder, **quiet)),
+        lambda: list(jobs.run_many(["digits"], [seed], folder=folder, **quiet)),
         lambda: runs.run(SMALL, seed, **quiet),
     )
     return rng.choice(calls), True
