@@ -16,6 +16,7 @@ from ff_research.statistics import (
     difference,
     difference_lines,
     interval,
+    interval_or_one,
     mean_lines,
     number_of,
     pack,
@@ -187,6 +188,17 @@ def test_coverage_of_the_two_way_interval():
 def test_no_interval_without_grounds(rows, options, said):
     with pytest.raises(ValueError, match=said):
         interval(rows, **dict(key=LABELS) | options)
+
+
+def test_one_seed_has_the_interval_of_its_test_images():
+    found = interval_or_one(rows_of([1.4]), LABELS, images=10_000)
+    wilson = stats.binomtest(140, 10_000).proportion_ci(method="wilson")
+    assert np.allclose((found["low"], found["high"]), (100 * wilson.low, 100 * wilson.high))
+    assert (found["n"], found["covers"]) == (1, "images")
+    assert interval_or_one(rows_of([1.0, 2.0]), LABELS) == interval(rows_of([1.0, 2.0]), LABELS)
+    for rows, images, said in [([], None, "0 seeds"), (rows_of([1.4]), 0, "one seed and no test images")]:
+        with pytest.raises(ValueError, match=said):
+            interval_or_one(rows, LABELS, images)
 
 
 # Differences
