@@ -298,10 +298,10 @@ MEAN_COLUMNS = dict(
 )
 
 
-def number_of(result):
+def number_of(result, digits=2):
     "What `interval` or `difference` gives, as text: the mean and its interval, a difference with its sign."
-    sign = "+" if "p" in result else ""
-    return f"{result['mean']:{sign}.2f} ({result['low']:{sign}.2f} to {result['high']:{sign}.2f})"
+    form = f"{'+' if 'p' in result else ''}.{digits}f"
+    return f"{result['mean']:{form}} ({result['low']:{form}} to {result['high']:{form}})"
 
 
 def difference_lines(pairs, images=10_000):
