@@ -11,8 +11,10 @@ __all__ = ['HINTON', 'METHODS', 'BASELINES', 'LOSSES', 'OWN_LOSSES', 'PAPERS', '
 # %% ../nbs/918_leaderboard.ipynb #a3f8012d
 import csv
 import io
+import re
 from collections import Counter
 from dataclasses import dataclass
+from statistics import median
 
 from .checks import replacing
 from .recipes import RECIPES
@@ -153,9 +155,14 @@ def read_outs(row):
 
 
 def hardware_of(row):
-    'Kind of device and precision of a row, such as "CPU fp32" or "H100 bf16".'
-    device = str(row.get("device")).replace("NVIDIA", "").partition(":")
-    return f"{device[2].split()[0] if device[0] == 'cuda' else device[0].upper()} {row.get('precision')}"
+    """Processor and precision of a row, such as "EPYC family 26 model 2 fp32" or "H100 bf16".
+
+    "CPU fp32" where a row does not name its processor, as rows made before 29 November 2026 do not.
+    """
+    kind, _, name = str(row.get("device")).partition(":")
+    words = re.sub(r"NVIDIA|AMD|Intel|\(R\)|Processor|x86_64|,.*", "", name).split()
+    words = (words[:1] if kind == "cuda" else words) or [kind.upper()]
+    return " ".join([*words, str(row.get("precision"))])
 
 # %% ../nbs/918_leaderboard.ipynb #0bcf21a7
 DATA = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "digits"}
@@ -179,7 +186,9 @@ def images_of(recipe):
 def line_of(recipe, rows):
     "One line of the table from the rows of a recipe: numbers as numbers, None where there is none."
     method, kinds = method_of(recipe), Counter(map(hardware_of, rows))
-    timed = [row["seconds"] for row in rows if hardware_of(row) == kinds.most_common(1)[0][0]]
+    times = {
+        kind: median(row["seconds"] for row in rows if hardware_of(row) == kind) for kind, _ in kinds.most_common()
+    }
     line = dict(
         kind=kind_of(recipe),
         method=name_of(recipe),
@@ -193,7 +202,7 @@ def line_of(recipe, rows):
     for letter, key in zip("ab", read_outs(rows[0])):
         found = interval(rows, key) if key else {}
         line |= {letter: found.get("mean"), f"{letter}_low": found.get("low"), f"{letter}_high": found.get("high")}
-    line |= dict(n=len(rows), covers=found.get("covers"), cost=None, seconds=sum(timed) / len(timed))
+    line |= dict(n=len(rows), covers=found.get("covers"), cost=None, seconds=next(iter(times.values())), times=times)
     hardware = ", ".join(f"{kind} ({n})" if len(kinds) > 1 else kind for kind, n in kinds.most_common())
     return line | dict(hardware=hardware, target=recipe.target, recipe=recipe.name)
 
@@ -211,7 +220,7 @@ def kind_of(recipe):
     return KINDS[1] if labels == "no" else KINDS[2] if labels == "predicted" else KINDS[0]
 
 
-SAME = ("data", "network", "images", "epochs", "hardware")
+SAME = ("data", "network", "images", "epochs")
 SEEN = ("data", "network", "images", "epochs", "method", "loss")  # what tells two lines apart
 
 
@@ -227,18 +236,22 @@ def leaderboard(rows=None, recipes=None):
     """The lines of the leaderboard, dictionaries with the keys of `COLUMNS`; best probe first within a data set.
 
     rows: published ones if None; recipes: {name: recipe}, the book's if None. Errors in %, `seconds` of training,
-    `cost` as a multiple of backprop's seconds with the same data, network, images, epochs and hardware. Of recipes that
-    differ in their search only, the first has a line.
+    a median, `cost` as a multiple of backprop's with the same data, network, images, epochs, processor and precision.
+    Of recipes that differ in their search only, the first has a line.
     """
     recipes, by_name = RECIPES if recipes is None else recipes, {}
     for row in published() if rows is None else rows:
         by_name.setdefault(row["recipe"], []).append(row)
     known = {name: found for name, found in by_name.items() if name in recipes and has_line(recipes[name], found)}
     lines = one_of_each(line_of(recipes[name], found) for name, found in known.items())
-    backprop = {tuple(line[key] for key in SAME): line["seconds"] for line in lines if line["method"] == "Backprop"}
+    times = {line["recipe"]: line.pop("times") for line in lines}
+    backprop = {
+        tuple(line[key] for key in SAME): times[line["recipe"]] for line in lines if line["method"] == "Backprop"
+    }
     for line in lines:
-        against = backprop.get(tuple(line[key] for key in SAME))
-        line["cost"] = line["seconds"] / against if against and line["seconds"] else None
+        mine, theirs = times[line["recipe"]], backprop.get(tuple(line[key] for key in SAME), {})
+        ratios = (seconds / theirs[kind] for kind, seconds in mine.items() if seconds and theirs.get(kind))
+        line["cost"] = next(ratios, None)
     order = {name: i for i, name in enumerate(DATA.values())}
     return sorted(lines, key=lambda line: (order.get(line["data"], len(order)), line["b"] or 100, line["recipe"]))
 
