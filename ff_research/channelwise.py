@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .architecture import KNOWN
-from .checks import one_of
+from .checks import check_whole, one_of
 from .convolution import check_pools
 from .layers import FFConv, units_of
 from .network import Network, register_network
@@ -79,7 +79,9 @@ def shareable(widths, classes):
 
 
 def check_shared(widths, classes):
-    "Raise ValueError for a number of channels that cannot be shared out evenly among the classes."
+    "Raise ValueError for a number of channels that cannot be shared out evenly among the classes, or for none."
+    for width in widths:
+        check_whole("channels", width)
     for height, (width, near) in enumerate(zip(widths, shareable(widths, classes)), start=1):
         if width % classes:
             raise ValueError(

@@ -506,7 +506,9 @@ def compare(
     one_of(network, tuple(BASELINES), "network")
     chosen = [*_own(RECIPES, executed, data), *_taken_to(compared(RECIPES, network), data)]
     workers = workers or min(2, os.cpu_count() or 1)
-    coming, there = jobs.run_many(chosen, range(seeds), workers=workers, progress=False, **options), []
+    there: list = []
+    refused: list = []
+    coming = jobs.run_many(chosen, range(seeds), workers=workers, progress=False, refused=refused, **options)
     with tqdm(total=len(chosen) * seeds, unit="run") as bar:
         for name, seed, row in coming:
             there += [(name, seed)] if row is None else []
@@ -514,7 +516,12 @@ def compare(
             bar.update()
     for name, seed in there if executed else []:
         _look_back([r for r in chosen if r.name == name], [seed], results_folder, executed)
-    rows = _look_back(chosen, range(seeds), results_folder, None)
+    reasons = {name: error for name, _, error in refused}
+    if len(reasons) == len(chosen):
+        raise next(iter(reasons.values()))
+    for name, error in reasons.items():
+        typer.echo(f"Left out: {name}: {error}")
+    rows = _look_back([r for r in chosen if r.name not in reasons], range(seeds), results_folder, None)
     typer.echo(
         "\nTest error in %, mean ± standard deviation over the seeds:\n\n"
         + results.as_table(summary_table(rows), COLUMNS)

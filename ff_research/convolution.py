@@ -29,20 +29,27 @@ from .streams import Streams, written_out
 # %% ../nbs/501_convolution.ipynb #c5010010
 def for_each(value, widths, what):
     "One value for each layer, from one number or a list of them. Raises ValueError for a list of another length."
+    if not len(widths):
+        raise ValueError("widths is empty: expected the channels of each layer")
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(widths)
     if len(values) != len(widths):
         raise ValueError(f"{what} has {len(values)} entries for {len(widths)} layers")
     return values
 
 
-def check_pools(shape, pools):
-    "Raise ValueError for images that are too small for these pooling windows, one after the other."
+def check_pools(shape, pools, kernels=None):
+    """Raise ValueError for images that are too small for these pooling windows, one after the other.
+
+    kernels: sides of the layers' kernels, of which even ones make feature maps smaller by one; None: all are odd.
+    """
     side = min(shape[-2:])
-    for height, pool in enumerate(pools, start=1):
-        if pool and side < pool:
+    for height, (pool, kernel) in enumerate(zip(pools, kernels or [1] * len(pools)), start=1):
+        side -= 1 - kernel % 2
+        if side < max(pool, 1):
+            what = f"pools {pool} x {pool} windows" if pool else f"has kernels of {kernel} x {kernel}"
             raise ValueError(
-                f"images of {shape[-2]} x {shape[-1]} are too small: layer {height} pools {pool} x {pool} windows, and "
-                f"its feature maps have a side of {side}; pool in fewer layers"
+                f"images of {shape[-2]} x {shape[-1]} are too small: layer {height} {what}, and its feature maps have "
+                f"a side of {side}; pool in fewer layers{'' if kernel % 2 else ', or take odd kernels'}"
             )
         side = side // pool if pool else side
 
@@ -71,7 +78,7 @@ def conv(
     """
     generator, channels = torch.Generator().manual_seed(seed), [shape[0], *widths]
     kernels, pools = for_each(kernel, widths, "kernel"), for_each(pool, widths, "pool")
-    check_pools(shape, pools)
+    check_pools(shape, pools, kernels)
     one_of(pooling, ("max", "average", "stride"), "pooling")
     layers = []
     for height, (a, b, k, p) in enumerate(zip(channels, channels[1:], kernels, pools)):

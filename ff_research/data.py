@@ -75,8 +75,16 @@ class Images:
         )
 
     def batches(self, batch_size, generator):
-        "The training part once, in a random order: images `[batch, …]`, labels `[batch]` and their places `[batch]`."
-        for rows in torch.randperm(len(self.y_train), generator=generator, device=generator.device).split(batch_size):
+        """The training part once, in a random order: images `[batch, …]`, labels `[batch]` and their places `[batch]`.
+
+        A single image that would be left over joins the batch before it: alone it has no partner to make a negative
+        from, and no spread to normalise by.
+        """
+        order = torch.randperm(len(self.y_train), generator=generator, device=generator.device)
+        parts = list(order.split(batch_size))
+        if len(parts) > 1 and batch_size > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for rows in parts:
             yield self.x_train[rows], self.y_train[rows], rows
 
     def pieces(self):

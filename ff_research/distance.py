@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .architecture import KNOWN
+from .checks import check_whole
 from .layers import units_of
 from .objectives import ClassScores
 from .strategies import PlainPositives, register
@@ -51,14 +52,15 @@ class DistanceObjective(ClassScores):
     are minus the distances to the centroids, which are moving averages: buffers, without a gradient.
     """
 
+    adds_up = False  # centroids move once for each part of a batch
     FAR = 4.0  # the distance to a class that was never seen; unit features are at most 2 apart
 
     def __init__(self, units, num_classes, margin=0.2, momentum=0.9, projection=0, layer=1):
         super().__init__()
-        if not (margin > 0 and 0 <= momentum < 1 and projection >= 0):
+        check_whole("projection", projection, least=0)
+        if not (margin > 0 and 0 <= momentum < 1):
             raise ValueError(
-                f"margin={margin}, momentum={momentum}, projection={projection}: expected a margin above 0, a momentum "
-                "from 0 to below 1, and a number of features (0: the units themselves)"
+                f"margin={margin}, momentum={momentum}: expected a margin above 0, and a momentum from 0 to below 1"
             )
         self.units, self.num_classes, self.margin, self.momentum = units, num_classes, margin, momentum
         self.projection, self.layer = projection, layer

@@ -19,16 +19,20 @@ from .results import append_row, results_folder, same_run
 from .runs import check_seed, is_there, run, run_and_keep, weights_path
 
 # %% ../nbs/925_jobs.ipynb #719e8819
-def run_many(names, seeds, *, recipes=None, engine="local", workers=1, module=None, resources=None, **options):
+def run_many(
+    names, seeds, *, recipes=None, engine="local", workers=1, module=None, resources=None, refused=None, **options
+):
     """Run recipes with seeds, several processes at a time, and yield (name, seed, row or None) as they end.
 
     names: recipes, or names in `recipes` (None: the book's). engine: "local" (processes on this machine, the threads
     shared out among them) or "ray" (an existing Ray cluster, an extra). module: a file of Python that every other
     process executes first, so that it knows what is registered there; in this one, call `checks.execute` yourself.
     resources: what a run takes of a Ray cluster, {"num_cpus": 1} and, where the cluster has GPUs and the device may be
-    one, {"num_gpus": 1}, if left out; the CPUs are the run's threads. options: as in `run_and_keep`. Names are checked
-    before anything runs. Raises ValueError for an unknown recipe or engine, workers < 1, or workers and resources that
-    the engine does not have; ConnectionError without a cluster; BrokenExecutor where a process died too often.
+    one, {"num_gpus": 1}, if left out; the CPUs are the run's threads. refused: a list that takes (name, seed, error)
+    of runs on this machine that raise ValueError, and the others go on; None raises it. options: as in
+    `run_and_keep`. Names are checked before anything runs. Raises ValueError for an unknown recipe or engine,
+    workers < 1, or workers and resources that the engine does not have; ConnectionError without a cluster;
+    BrokenExecutor where a process died too often.
     """
     chosen = [named(name, recipes) for name in names]
     jobs = list(dict.fromkeys((r, check_seed(seed)) for seed in seeds for r in chosen))
@@ -42,9 +46,22 @@ def run_many(names, seeds, *, recipes=None, engine="local", workers=1, module=No
         yield from _on_ray(jobs, options, _source(module), resources or {})
     elif workers == 1:
         for recipe, seed in jobs:
-            yield recipe.name, seed, run_and_keep(recipe, seed, **options)
+            yield from _tried(
+                lambda recipe=recipe, seed=seed: run_and_keep(recipe, seed, **options), recipe, seed, refused
+            )
     else:
-        yield from _in_processes(jobs, workers, options, _source(module))
+        yield from _in_processes(jobs, workers, options, _source(module), refused)
+
+
+def _tried(make, recipe, seed, refused):
+    "Name, seed and row of a run; none where it raises ValueError and there is a list for that."
+    try:
+        return [(recipe.name, seed, make())]
+    except ValueError as error:
+        if refused is None:
+            raise
+        refused.append((recipe.name, seed, error))
+        return []
 
 
 def _source(module):
@@ -57,7 +74,7 @@ def _worker(recipe, seed, threads, options):
     return run_and_keep(recipe, seed, **options)
 
 # %% ../nbs/925_jobs.ipynb #e81fe598
-def _in_processes(jobs, workers, options, source=()):
+def _in_processes(jobs, workers, options, source=(), refused=None):
     "The jobs in fresh processes; when one fails, or the caller stops, those that have not begun are cancelled."
     threads, options = max(1, torch.get_num_threads() // workers), options | {"progress": False}
     first = dict(initializer=execute, initargs=source) if source else {}
@@ -66,7 +83,7 @@ def _in_processes(jobs, workers, options, source=()):
         try:
             for done in as_completed(waiting):
                 recipe, seed = waiting[done]
-                yield recipe.name, seed, done.result()
+                yield from _tried(done.result, recipe, seed, refused)
         except BaseException as error:
             processes = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)

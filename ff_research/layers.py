@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checks import check_whole
 from .data import as_float
 from .goodness import EPS, sum_of_squares
 from .streams import Rows, written_out
@@ -191,6 +192,9 @@ class FFConv(Layer):
         generator=None,
     ):
         super().__init__()
+        for name, value in (("inputs", inputs), ("channels", channels), ("kernel", kernel)):
+            check_whole(name, value)
+        check_whole("pool", pool, least=0)
         if norm not in (None, "batch", "batch_first", "channel"):
             raise ValueError(f"norm={norm!r}: expected None, 'batch', 'batch_first' or 'channel'")
         if inputs % groups or channels % groups:

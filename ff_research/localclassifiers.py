@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .architecture import KNOWN
-from .checks import one_of
+from .checks import check_whole, one_of
 from .layers import units_of
 from .objectives import ClassScores
 from .strategies import PlainPositives, register
@@ -83,7 +83,7 @@ class LocalClassifier(ClassScores):
         super().__init__()
         one_of(head, HEADS, "head")
         self.units, self.num_classes, self.layer, self.head, self.side = units, num_classes, layer, head, side
-        self.smoothing, self.beta, self.kernel = smoothing, beta, kernel
+        self.smoothing, self.beta, self.kernel, self.adds_up = smoothing, beta, kernel, not beta
         generator, inputs = torch.Generator().manual_seed(layer), units * (side**2 if head == "flat" else 1)
 
         def uniform(*shape, inputs=inputs):  # as nn.Linear and nn.Conv2d start
@@ -134,6 +134,7 @@ class LocalClassifierStrategy(PlainPositives):
         super().__init__(num_classes)
         one_of(head, HEADS, "head")
         one_of(loss, ("pred", "predsim"), "loss")
+        check_whole("side", side)
         for name, share in (("smoothing", smoothing), ("beta", beta)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name}={share!r}: expected a share from 0 to below 1")

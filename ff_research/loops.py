@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'warn', 'Event', 'check_callbacks', 'begun', 'part_of_run', 'Told', 'Pause', 'longer', 'doubt',
-           'run_epochs']
+           'unsettled', 'run_epochs']
 
 # %% ../nbs/913_loops.ipynb #f2d1ac34
 import contextlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoints import History, claimed, read_checkpoint, restore, save_checkpoint
@@ -329,6 +330,22 @@ def doubt(history, told):
 
 # %% ../nbs/913_loops.ipynb #5e216942
 @torch.no_grad()
+def unsettled(network, most=0.05):
+    """What to warn of where batch normalisation saw few batches; else None.
+
+    Its running statistics, by which every read-out goes, then still hold more than the share `most` of their start.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum]
+    seen = [(int(m.num_batches_tracked), m.momentum) for m in norms if m.num_batches_tracked is not None]
+    left, batches = max((((1 - momentum) ** n, n) for n, momentum in seen if n), default=(0.0, 0))
+    if left <= most:
+        return None
+    return (
+        f"batch normalisation saw {batches} batches, and its running statistics, by which read-outs go, are still "
+        f"{100 * left:.0f} % their start: train for more epochs, or in smaller batches"
+    )
+
+
 def run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progress, told, compare_with=None):
     """Run the epochs that a checkpoint does not hold yet, and write it after each; gives the `History`.
 
@@ -356,6 +373,8 @@ def run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progr
                 "of the last complete step, and history.interrupted is True"
             )
     history.stopped = told.stopped
+    if len(history) and (found := unsettled(told.network)):
+        warn(found)
     told.end(history)
     return history
 

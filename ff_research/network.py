@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Network', 'register_network', 'mlp', 'walk', 'deepest', 'ready', 'run_layer', 'look', 'reading',
-           'activities', 'as_features', 'twin']
+           'check_channels', 'activities', 'as_features', 'twin']
 
 # %% ../nbs/107_network.ipynb #aa34fe93
 import contextlib
@@ -298,6 +298,17 @@ def reading(network):
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def check_channels(network, shape):
+    "Raise ValueError for images of a `shape` (channels, height, width) that the first convolution does not take."
+    first = next(iter(network.layers), None)
+    takes = getattr(first, "inputs", None) if hasattr(first, "kernel") and reads_of(first) == (-1,) else None
+    if takes is not None and len(shape) == 3 and shape[0] != takes:
+        raise ValueError(
+            f"images of {' x '.join(map(str, shape))} have {shape[0]} channels, but the network's first layer takes "
+            f"{takes}; build it for them, as conv(images.shape, …) does"
+        )
 
 
 def activities(network, x, normalised=True, power=1):

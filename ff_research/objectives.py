@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checks import one_of
 from ff_research.goodness import (
     hinton_loss,
     mean_of_squares,
@@ -30,8 +31,11 @@ class Objective(nn.Module):
 
     Heads, centroids and moving averages belong to the objective, as parameters and buffers: they are trained, saved and
     resumed with it. peers: a `PeerNormalisation` of the layer's units (channels), or None. progress: the share of the
-    layer's own epochs that is over, 0 to 1, set by `train` before each epoch, for temperatures and warm-ups.
+    layer's own epochs that is over, 0 to 1, set by `train` before each epoch, for temperatures and warm-ups. adds_up:
+    whether the loss is a mean over images, so that a batch may be learned in parts (`train`, micro_batch).
     """
+
+    adds_up = True
 
     def __init__(self):
         super().__init__()
@@ -250,11 +254,12 @@ class ChannelCompetition(ClassScores):
     """Each class has a group of channels, whose mean activity (to a power) over all positions is its score.
 
     power: 2, mean of squares (CwComp, Papachristodoulou et al. 2024); 1, mean (DeeperForward, Sun et al. 2025). Groups
-    are contiguous. Raises ValueError for channels that cannot be divided among the classes.
+    are contiguous. Raises ValueError for another power, and for channels that cannot be divided among the classes.
     """
 
     def __init__(self, num_classes, power=2):
         super().__init__()
+        one_of(power, (1, 2), "power")
         self.num_classes, self.power = num_classes, power
 
     def extra_repr(self):

@@ -20,7 +20,7 @@ from .data import Images, check_images_are, split_rows, validation_size
 from .goodness import mean_of_squares, sum_of_squares
 from .labels import check_room, labelled, neutral
 from .layers import hand_on
-from .network import Network, activities, as_features, reading, ready, run_layer, twin, walk
+from .network import Network, activities, as_features, check_channels, reading, ready, run_layer, twin, walk
 from .streams import Streams
 from .checks import keeping_memory, one_of
 
@@ -100,7 +100,7 @@ def goodness_under_labels(network, x, num_classes, see, strategy=None, precision
     Activities are `[classes x batch, …]`. batch_size: of images at a time, at most `MOST_ROWS` with all their labels.
     Yields the number of images after each batch. A network with iterations is seen at those in `read_at`.
     """
-    if getattr(strategy, "contrasts_labels", True) and not getattr(strategy, "extra_inputs", 0):
+    if strategy is None or getattr(strategy, "label_pixels", 0):
         check_room(x[:1], num_classes)
     read = twin(network, precision, device)
 
@@ -248,6 +248,7 @@ def features(
     its `write` gives instead. normalised: False gives the activity before its normalisation. power: raise what a
     layer hands on to it, before it is brought to scale (`activities`).
     """
+    check_channels(network, x.shape[1:])
     read, parts = twin(network, precision, device), []
     for part in x.split(batch_size):
         part = part.to(read.device)

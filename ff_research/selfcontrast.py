@@ -196,6 +196,11 @@ class ContrastMapsStrategy(PlainPositives):
         flip=False,
     ):
         super().__init__(num_classes)
+        for name, values in (("thetas", thetas), ("penalties", penalties), ("pairs", pairs)):
+            if not isinstance(values, (list, tuple)) or not values:
+                raise ValueError(f"{name}={values!r}: expected an entry for each layer, one at least")
+        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in thetas):
+            raise ValueError(f"thetas={thetas!r}: expected (theta_pos, theta_neg) of each layer")
         self.thetas, self.penalties, self.pairs, self.flip = thetas, penalties, pairs, flip
 
     def generate(self, x, y, network=None, generator=None):
@@ -335,7 +340,12 @@ class SoftHebbConv(Layer):
         return h
 
     def learner(self, objective, *settings):
-        "A `Hebbian` learner."
+        "A `Hebbian` learner. Raises ValueError for the objective of another strategy, which the rule would not follow."
+        if not isinstance(objective, SoftWinners):
+            raise ValueError(
+                f"SoftHebb layers learn by their own rule, not by {type(objective).__name__}: train them with the "
+                "strategy 'softhebb', or take another network"
+            )
         return Hebbian(self, objective, *settings)
 
 # %% ../nbs/503_selfcontrast.ipynb #c5030041

@@ -28,7 +28,7 @@ from .labels import check_labels, check_room
 from .layers import FFLinear, hand_on, reads_of, units_of
 from .learners import Recorded, Workspace, learner_of
 from .loops import Told, begun, check_callbacks, longer, part_of_run, run_epochs
-from .network import Network, deepest, ready, run_layer, walk
+from .network import Network, check_channels, deepest, ready, run_layer, walk
 from .objectives import Objective, PeerNormalisation
 from .optimisers import LR_SCHEDULES, OPTIMIZERS, Accumulated
 from .schedules import table_of
@@ -129,7 +129,12 @@ class MicroStep(Step):
     def __init__(self, asked, learners, *parts, size):
         super().__init__(asked, learners, *parts)
         self.size = size
-        for learner in learners.values():
+        for height, learner in learners.items():
+            if not learner.objective.adds_up:
+                raise ValueError(
+                    f"micro_batch needs losses that are means over images, and layer {height}'s "
+                    f"{type(learner.objective).__name__} compares the images of a batch or moves once for each part of it"
+                )
             learner.optimizer = Accumulated(learner.optimizer)
 
     def __call__(self, s, known=None, gamma=0.0, parity=0):
@@ -321,8 +326,10 @@ def check_images(images, network, epochs, batch_size, strategy=None):
     classes = getattr(strategy, "num_classes", images.num_classes)
     check_labels(y, classes)
     extra = getattr(strategy, "extra_inputs", 0)
-    if getattr(strategy, "contrasts_labels", False) and not extra:
+    if getattr(strategy, "label_pixels", 0):
         check_room(x[:1], classes)
+    elif getattr(strategy, "contrasts_labels", False) and not extra and classes < 2:
+        raise ValueError(f"{classes} classes: at least two are needed")
     inputs = network.num_inputs
     if inputs not in (None, images.num_pixels + extra):
         labels = f" and {extra} for the label" if extra else ""
@@ -330,6 +337,7 @@ def check_images(images, network, epochs, batch_size, strategy=None):
             f"images {list(images.shape)} of {images.name!r} have {images.num_pixels} pixels{labels}, but the network's "
             f"first layer takes {inputs}"
         )
+    check_channels(network, images.shape)
 
 
 def check_kinds(network, strategy, objective=None, needed=True):

@@ -541,6 +541,21 @@ def test_compare_on_ones_own_images_with_ones_own_method(own, small, shell):
         assert [row["config"]["strategy"] for row in made] == ["shifted_label"]
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_compare_leaves_out_what_does_not_fit_and_says_why(workers, small, shell, folder, monkeypatch):
+    usual = cli.compared(RECIPES, "mlp")[:3]
+    wrong = RECIPES["mono-forward-digits"].vary(name="wrong", network_options=(("pool", 3),))
+    monkeypatch.setattr(cli, "compared", lambda recipes, network: [wrong, *usual])
+    code, out, err = shell("compare", "--seeds", "1", "--workers", workers)
+    assert code == 0, err
+    assert "Left out: wrong: images of 8 x 8 are too small" in out and out.count("Left out") == 1
+    table = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:]
+    assert table == [r.name for r in usual]
+    monkeypatch.setattr(cli, "compared", lambda recipes, network: [wrong])
+    code, out, err = shell("compare", "--seeds", "1", "--workers", workers)
+    assert code == 2 and "too small" in err and "Traceback" not in err
+
+
 def test_a_row_older_than_the_users_file_is_warned_of(own, shell):
     options = ["mine.toml", "mine", "--seeds", "1", "--module", "my_methods.py"]
     assert shell("run", *options)[0] == 0

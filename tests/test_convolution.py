@@ -1,11 +1,14 @@
 "Labels that a kernel can read, layers without weight sharing: oracles, any images, learning, locality, files, recipes."
 
+import re
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from ff_research.backprop import train_backprop
 from ff_research.convolution import (
     MORPHOLOGIES,
     LabelConv,
@@ -49,6 +52,35 @@ def seeded(seed=0):
 
 def network_for(way, shape=(1, 8, 8), widths=(12, 16), classes=10, **options):
     return conv(shape, widths, label_channel=classes if way == "channel" else 0, **options)
+
+
+@pytest.mark.parametrize("strategy", ["image_mixing", "self_contrastive"])
+def test_a_last_image_alone_stops_no_network(strategy):
+    few = made((1, 4, 4), 2, count=25)
+    network = conv(few.shape, (4, 4), pool=[2, 2])
+    train(network, few, STRATEGIES[strategy](2), 1, batch_size=12, **QUIET)
+
+
+@pytest.mark.parametrize("batch, told", [(24, "saw 3 batches.*73 % their start"), (1, None)])
+@pytest.mark.parametrize("how", [train, train_backprop])
+def test_running_statistics_of_a_few_batches_are_warned_of(how, batch, told):
+    few, options = made((1, 6, 6), 2), dict(epochs=3, batch_size=batch, **QUIET)
+    arguments = [few] if how is train_backprop else [few, STRATEGIES["mono_forward"](2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        how(conv(few.shape, (6,)), *arguments, **options)
+        how(conv(few.shape, (6,), norm="row"), *arguments, **options)
+    found = [str(w.message) for w in caught if "running statistics" in str(w.message)]
+    assert len(found) == (told is not None) and all(re.search(told, text) for text in found)
+
+
+def test_a_label_channel_takes_more_classes_than_an_image_has_pixels():
+    few = made((1, 4, 4), 20, count=60)
+    network = conv(few.shape, (6,), label_channel=20)
+    train(network, few, STRATEGIES["label_channel"](20), 1, batch_size=20, **QUIET)
+    assert label_goodness(network, few.x_test, 20, first=1, **WHERE).shape == (len(few.x_test), 20)
+    with pytest.raises(ValueError, match="20 classes need as many pixels"):
+        train(conv(few.shape, (6,)), few, STRATEGIES["label_embedding"](20), 1, **QUIET)
 
 
 def made(shape, classes, count=24):

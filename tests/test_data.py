@@ -54,6 +54,16 @@ def test_images_are_frozen_and_compared_by_identity():
     assert {images: 1}[images] == 1
 
 
+@pytest.mark.parametrize("batch, sizes", [(3, [3, 3, 3, 4]), (4, [4, 4, 5]), (12, [13]), (13, [13]), (1, [1] * 13)])
+def test_no_image_is_left_over_alone(batch, sizes):
+    images = from_arrays("a", **arrays(train=13))
+    parts = list(images.batches(batch, torch.Generator().manual_seed(0)))
+    assert [len(x) for x, *_ in parts] == sizes
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat([rows for *_, rows in parts]), order)
+    assert torch.equal(torch.cat([y for _, y, _ in parts]), images.y_train[order])
+
+
 def test_to_moves_every_tensor_and_keeps_the_rest():
     images = from_arrays("a", **arrays())
     moved = images.to("meta")

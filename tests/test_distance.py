@@ -246,7 +246,9 @@ def test_wrong_input_is_refused_in_words(few):
     for call, words in [
         (lambda: DistanceObjective(4, 3, margin=0.0), "a margin above 0"),
         (lambda: DistanceObjective(4, 3, momentum=1.0), "momentum from 0 to below 1"),
-        (lambda: DistanceObjective(4, 3, projection=-1), "a number of features"),
+        (lambda: DistanceObjective(4, 3, projection=-1), "projection=-1: expected a whole number"),
+        (lambda: DistanceObjective(4, 3, projection=2.5), "projection=2.5"),
+        (lambda: train(Network([64, 9]), few, DistanceStrategy(10), 1, micro_batch=4, **QUIET), "means over images"),
         (lambda: train(Network([64, 9]), few, DistanceStrategy(3), epochs=1, **QUIET), "label"),
         (lambda: train(Network([torch.nn.Linear(64, 5)]), few, DistanceStrategy(10), epochs=1, **QUIET), "`units`"),
     ]:

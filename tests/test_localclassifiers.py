@@ -23,7 +23,7 @@ from ff_research.localclassifiers import (
     similarity_loss,
 )
 from ff_research.objectives import ChannelCompetition, ProjectionObjective
-from ff_research.readout import scores_errors
+from ff_research.readout import linear_probe, scores_errors
 from ff_research.recipes import RECIPES, Recipe
 from ff_research.runs import run
 from ff_research.strategies import STRATEGIES
@@ -196,7 +196,16 @@ def test_what_does_not_fit_is_said(few):
         (lambda: LocalClassifier(5, 3).scores(torch.ones(2, 6, 2, 2)), "takes 5 numbers, .* has 6"),
         (lambda: conv((1, 8, 8), [4], pooling="mean"), "max"),
         (lambda: conv((1, 3, 3), [4, 4]), "3 x 3 are too small"),
-        (lambda: train(conv((3, 8, 8), [4]), few, own(), 1, **QUIET), r"takes \[rows, 3"),
+        (lambda: train(conv((3, 8, 8), [4]), few, own(), 1, **QUIET), "first layer takes 3; build it"),
+        (lambda: linear_probe(conv((3, 8, 8), [4]), few), "first layer takes 3; build it"),
+        (lambda: own(head="flat", side=0), "side=0"),
+        (lambda: own(head="flat", side=2.5), "side=2.5"),
+        (lambda: conv((1, 8, 8), [-3]), "channels=-3"),
+        (lambda: conv((1, 8, 8), [4], kernel=0), "kernel=0"),
+        (lambda: conv((1, 8, 8), [4], pool=2.5), "pool=2.5"),
+        (lambda: conv((1, 8, 8), []), "widths is empty"),
+        (lambda: conv((1, 4, 4), [4, 4, 4, 4], kernel=2, pool=0), "side of 0; pool in fewer layers, or take odd"),
+        (lambda: train(conv((1, 8, 8), [4], norm="row"), few, own(loss="predsim"), 1, micro_batch=4, **QUIET), "means over images"),
         (lambda: train(ff.Network([torch.nn.Linear(64, 5)]), few, own(), 1, **QUIET), "attribute `units`"),
         (lambda: Recipe(name="own", data="digits").vary(strategy="local_classifier", strategy_options=(("haed", 1),)),
          "did you mean 'head'"),

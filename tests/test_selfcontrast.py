@@ -434,7 +434,15 @@ def test_wrong_input_is_refused_in_words(few):
         (lambda: scff((1, 8, 8), (4, 4), kernel=[3, 3, 3]), "kernel has 3 entries for 2 layers"),
         (lambda: softhebb((1, 8, 8), (4, 4), power=[1.0]), "power has 1 entries for 2 layers"),
         (lambda: train(scff((1, 8, 8), (4,)), few, strategy, epochs=1, batch_size=1, **QUIET), "no second image"),
-        (lambda: train(scff((3, 8, 8), (4,)), few, strategy, epochs=1, **QUIET), r"\[rows, 3, height, width\]"),
+        (lambda: train(scff((3, 8, 8), (4,)), few, strategy, epochs=1, **QUIET), "first layer takes 3; build it"),
+        (lambda: scff((1, 8, 8), ()), "widths is empty"),
+        (lambda: STRATEGIES["scff"](10, thetas=()), "an entry for each layer"),
+        (lambda: STRATEGIES["scff"](10, thetas=(1.0, 2.0)), r"\(theta_pos, theta_neg\) of each layer"),
+        (lambda: STRATEGIES["scff"](10, pairs=True), "pairs=True: expected an entry"),
+        (
+            lambda: train(softhebb((1, 8, 8), (4,)), few, STRATEGIES["local_classifier"](10), epochs=1, **QUIET),
+            "own rule",
+        ),
         (lambda: train(scff((1, 8, 8), (4,)), few, strategy, epochs=1, collaboration="all", **QUIET), "between layers"),
     ]:
         with pytest.raises(ValueError, match=words):
