@@ -520,7 +520,7 @@ def compare(
     if len(reasons) == len(chosen):
         raise next(iter(reasons.values()))
     for name, error in reasons.items():
-        typer.echo(f"Left out: {name}: {error}")
+        typer.echo(f"Left out: {name}: {str(error).removeprefix(f'recipe {name!r}: ')}")
     rows = _look_back([r for r in chosen if r.name not in reasons], range(seeds), results_folder, None)
     typer.echo(
         "\nTest error in %, mean ± standard deviation over the seeds:\n\n"

@@ -378,7 +378,7 @@ def load(
     if text.endswith((".npz", ".mat")) or os.sep in text or not isinstance(name_or_path, str):
         return from_file(text, **options).to(device)
     near = nearest(text, DATA_SETS)
-    hint = f"; did you mean {near!r}?" if near else ""
+    hint = f"; did you mean {near!r}?" if near else "."
     raise ValueError(f"unknown data set {text[:80]!r}{hint} Known: {', '.join(DATA_SETS)}, or the path of an .npz file")
 
 # %% ../nbs/101_data.ipynb #c0744894

@@ -52,6 +52,24 @@ def test_a_run_is_pure_and_leaves_no_trace(method):
     json.dumps(first, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    "name, changes, said",
+    [
+        ("mono-forward-digits", dict(widths=(16, 32)), "pool has 3 entries for 2 layers"),
+        (
+            "mono-forward-digits",
+            dict(strategy="local_classifier", strategy_options=(("head", "pool"),)),
+            "unknown head",
+        ),
+        ("cwcomp-digits", dict(widths=(20, 25, 40, 40)), "layer 2 has 25 channels"),
+    ],
+)
+def test_errors_about_settings_name_the_recipe(name, changes, said):
+    wrong = RECIPES[name].vary(name="mine", **changes)
+    with pytest.raises(ValueError, match=f"^recipe 'mine': .*{said}"):
+        run(wrong, 0, **QUIET)
+
+
 def test_read_outs_of_each_method():
     errors = {
         method: run(TINY.vary(method=method, epochs=int(method in ("ff", "backprop", "pairwise"))), 0, **QUIET)[
