@@ -209,10 +209,10 @@ def prefix(asked, make, images, top, objectives=None, before=None, generators=()
         parts.append({height: written_out(out).unflatten(0, (count, -1)) for height, out in outs.items()})
         zero = torch.zeros(sum(s.sizes), 1, device=y.device)
         sums.append((zero + total[0]).unflatten(0, (count, -1)))
-    if any(not torch.equal(a, g.get_state()) for a, g in zip(states, generators)):
-        for state, generator in zip(states, generators):
-            generator.set_state(state)
-        return None, None
+        if any(not torch.equal(a, g.get_state()) for a, g in zip(states, generators)):  # known after the first piece
+            for state, generator in zip(states, generators):
+                generator.set_state(state)
+            return None, None
     return {height: torch.cat([part[height] for part in parts], 1) for height in parts[0]}, torch.cat(sums, 1)
 
 
