@@ -143,6 +143,12 @@ def _check_backprop(network, images, epochs, batch_size, strategy, first):
         raise ValueError(f"epochs={epochs!r}: expected one number, since all layers learn at once")
     check_images_are(images)
     check_images(images, network, epochs, batch_size, strategy)
+    head = getattr(network, "head", None) if strategy is None else None
+    if head is not None and getattr(head, "out_features", images.num_classes) != images.num_classes:
+        raise ValueError(
+            f"the network's head tells {head.out_features} classes apart, and {images.name!r} has {images.num_classes}; "
+            "`del network.head` gives it a new one"
+        )
     if any(getattr(layer, "full_gradient", False) for layer in network.layers):
         raise ValueError(
             "the network has full_gradient=True, which is for one layer's own loss; backpropagation needs the gradient "

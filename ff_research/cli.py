@@ -614,7 +614,7 @@ def predict(
             index = int(classes_of(network, _picture(path), **where)[0])
         except ValueError as error:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-        label = index if names is None else names[index]
+        label = index if names is None or index >= len(names) else names[index]
         out.writerow([path, label]) if format == "csv" else typer.echo(f"{path}: {label}")
 
 # %% ../nbs/907_cli.ipynb #a1bbba7e

@@ -44,8 +44,9 @@ def layer_goodness(
     found, out = [], []
     strategy = strategy_of(network, strategy)
 
-    def see(height, h):
-        found.append((goodness or usual_goodness(h))(h.flatten(1)).view(num_classes, -1).T)
+    def see(height, h, own):
+        g = own() if own and goodness is None else (goodness or usual_goodness(h))(h.flatten(1))
+        found.append(g.view(num_classes, -1).T)
 
     for _ in goodness_under_labels(network, x, num_classes, see, strategy, precision, device, batch_size):
         out.append(torch.stack(found))

@@ -178,7 +178,7 @@ def scores_of(network, x):
 
 def right_of(network, task):
     "Right test images of a task in %: among all classes, and among those that the task has."
-    scores, own = scores_of(network, task.x_test), task.y_train.unique()
+    scores, own = scores_of(network, task.x_test), task.y_train.unique().long()
     within = own[scores[:, own].argmax(1)]
     return tuple(100 * (guess == task.y_test).float().mean().item() for guess in (scores.argmax(1), within))
 

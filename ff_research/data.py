@@ -122,6 +122,8 @@ def from_arrays(
     see `split_rows`. None takes what is certain. uint8 arrays of 0…255 are shared, not copied. Raises ValueError for
     what is not certain, wrong shapes, NaN, labels that do not fit, or test images unlike the training images.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name is a {type(name).__name__}; from_arrays(name, x_train, y_train, …) begins with a name")
     source, given = source or name, {"train": (x_train, y_train)}
     check_split(split, source)
     if x_test is not None or y_test is not None:

@@ -64,7 +64,7 @@ class FFClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"y holds 1 class, {self.classes_[0]!s}; FFClassifier tells at least two apart")
         spread = rows.std(0)
         varies = spread > 1e-12 * np.abs(rows).max(0)  # and not by rounding only
-        self.mean_, self.scale_ = rows.mean(0), varies / np.where(varies, spread, 1)
+        self.mean_, self.scale_ = rows.mean(0), np.where(varies, spread, np.inf)  # what does not vary becomes 0
         x, labels = self._rows(rows), torch.from_numpy(places.astype(np.int64))
         table = Images("table", x, labels, x[:1], labels[:1], k)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -74,7 +74,7 @@ class FFClassifier(ClassifierMixin, BaseEstimator):
             self.network_,
             table,
             LabelInFrontStrategy(k, self.alpha, value),
-            epochs=self.epochs or max(1, round(UPDATES / -(-len(x) // self.batch_size))),
+            epochs=max(1, round(UPDATES / -(-len(x) // self.batch_size))) if self.epochs is None else self.epochs,
             seed=seed,
             lr=self.lr,
             optimizer="adamw",
@@ -89,7 +89,7 @@ class FFClassifier(ClassifierMixin, BaseEstimator):
 
     def _rows(self, X):
         "Standardised features as images `[samples, 1, 1, features]`."
-        return torch.from_numpy(((X - self.mean_) * self.scale_).astype(np.float32))[:, None, None]
+        return torch.from_numpy(((X - self.mean_) / self.scale_).astype(np.float32))[:, None, None]
 
     def predict_proba(self, X: object) -> np.ndarray:
         "Probabilities `[samples, classes]`, in the order of `classes_`."

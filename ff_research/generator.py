@@ -72,7 +72,7 @@ class GeneratorStrategy(PlainPositives):
         hidden = F.linear(z, w1.view(self.hidden, -1), b1).relu()
         out = F.linear(hidden, w2.view(numbers, -1), b2).view(h.shape)
         if self.makes == "masks":
-            out = torch.lerp(other, h, out.sigmoid())
+            out = torch.lerp(other.to(out.dtype), h.to(out.dtype), out.sigmoid())
             return out if height == 1 else normalise(out)
         return out.sigmoid() if height == 1 else normalise(out.relu())
 

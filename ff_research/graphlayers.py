@@ -16,6 +16,7 @@ from sklearn.model_selection import KFold, train_test_split
 from torch import nn
 from torch.nn import functional as F
 
+from .architecture import KNOWN
 from .checks import one_of
 from .data import data_root
 from .layers import Layer
@@ -75,6 +76,10 @@ class Graph:
         rows = torch.arange(len(counts)).repeat_interleave(counts)
         sizes = x.values().square() if how == "unit" else x.values()
         total = torch.zeros(len(counts)).index_add(0, rows, sizes)
+        if how == "sum" and (total < 0).any():
+            raise ValueError(
+                f"the features of {self.name!r} have rows with a negative sum; scale them by length, 'unit'"
+            )
         total = (total.sqrt() if how == "unit" else total).clamp_min(1e-12)
         x = torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), x.values() / total[rows], x.shape)
         return replace(self, x=x if self.x.layout == torch.sparse_csr else x.to_dense(), scale=how)
@@ -99,13 +104,16 @@ def check_graph(graph):
     values = graph.x if graph.x.layout == torch.strided else graph.x.values()
     if not torch.isfinite(values).all():
         raise ValueError(f"{what}: the features hold NaN or infinite numbers")
+    if graph.y.dtype != torch.int64 or graph.y.ndim != 1:
+        raise ValueError(f"{what}: labels {list(graph.y.shape)} {graph.y.dtype}; expected int64 [nodes]")
     if n == 0 or graph.y.min() < 0 or graph.y.max() >= graph.num_classes:
         found = f"{int(graph.y.min())} to {int(graph.y.max())}" if n else "none"
         raise ValueError(f"{what}: labels out of range, {found}; expected 0 to {graph.num_classes - 1}")
     if graph.edges.ndim != 2 or len(graph.edges) != 2 or graph.edges.dtype != torch.int64:
         raise ValueError(f"{what}: edges {list(graph.edges.shape)} {graph.edges.dtype}; expected int64 [2, edges]")
     if graph.edges.numel() and not 0 <= graph.edges.min() <= graph.edges.max() < n:
-        raise ValueError(f"{what}: edges name the nodes up to {int(graph.edges.max())}, but there are {n}, from 0")
+        low, high = int(graph.edges.min()), int(graph.edges.max())
+        raise ValueError(f"{what}: edges name the nodes {low} to {high}, but there are {n}, from 0")
     for name, mask in graph.masks().items():
         if mask is None:
             raise ValueError(
@@ -316,3 +324,7 @@ def graph_network(graph, widths=(128, 128), kind="gcn", seed=0, *, extra=0, back
         for i, (inputs, units) in enumerate(zip(numbers, numbers[1:]), start=1):
             layers.append(GraphLayer(inputs, units, kind, free=backprop, last=backprop and i == len(widths)))
     return Network(layers, inputs="plain")
+
+
+if GraphLayer.__module__ == "ff_research.graphlayers":  # not its twin in a notebook that runs
+    KNOWN["GraphLayer"] = GraphLayer

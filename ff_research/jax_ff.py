@@ -18,12 +18,14 @@ from .goodness import EPS
 from .layers import FFLinear
 from .learners import Learner, learner_of
 from .network import Network, ready
+from .checkpoints import Diverged
+from .objectives import both_streams
 from .optimisers import LR_SCHEDULES, OPTIMIZERS
 from .checks import one_of
 from .recipes import recipe as named
 from .runs import errors_of, fingerprint, images_of, network_of, origin, strategy_of
 from .statistics import pack
-from .strategies import STRATEGIES
+from .strategies import STRATEGIES, Strategy
 from .streams import Streams, written_out
 from .training import Step, as_read, train
 
@@ -134,13 +136,30 @@ def start(optimizer, params):
 
 @torch.no_grad()
 def load_params(network, params):
-    "Copy weights back into a network of the same shape, in place."
+    "Copy weights back into a network of the same shape, in place. Raises ValueError for another number of layers."
+    if len(network.layers) != 1 + len(params["rest"]["bias"]):
+        raise ValueError(f"weights of {1 + len(params['rest']['bias'])} layers for a network of {len(network.layers)}")
     for i, layer in enumerate(network.layers):
         for key, p in layer.named_parameters():
             new = params["first"][key] if i == 0 else params["rest"][key][i - 1]
             p.copy_(torch.tensor(np.array(new)))
 
 # %% ../nbs/608_jax.ipynb #c6070014
+def _check_strategy(strategy):
+    "Raise ValueError unless negatives come from images and labels alone, one for each positive, under Hinton's loss."
+    asks = strategy.name in ("hard_mining", "adversarial", "generator", "sleep") or strategy.redraws
+    if (
+        asks
+        or not strategy.has_negatives
+        or strategy.many_negatives
+        or type(strategy).objective is not Strategy.objective
+    ):
+        raise ValueError(
+            f"{strategy.name}: the step takes positives and one negative for each, made from images and labels alone, "
+            "under Hinton's loss"
+        )
+
+
 def trained_in_jax(
     network,
     images,
@@ -160,12 +179,11 @@ def trained_in_jax(
 
     The arguments are those of `train`, with the same defaults; theta and unroll: as in `stepper`. The losses are means
     over the epoch, `[epochs][layers]`, with `seconds`. Raises ImportError without JAX, ValueError for a network or a
-    strategy that the step cannot take.
+    strategy that the step cannot take, `Diverged` for losses that are no numbers.
     """
     one_of(lr_schedule, LR_SCHEDULES, "lr_schedule")
     params, rule = params_of(network), direction(optimizer, weight_decay)
-    if not strategy.has_negatives or strategy.many_negatives or strategy.redraws:
-        raise ValueError(f"{strategy.name}: the step takes positives and one negative for each, made from the images")
+    _check_strategy(strategy)
     images, generator = learned_from(images), torch.Generator().manual_seed(seed)
     network.remember(images)
     network.see(images, strategy.label_pixels)
@@ -175,10 +193,13 @@ def trained_in_jax(
     for epoch in range(epochs):
         began, losses, rate = time.perf_counter(), [], lr * LR_SCHEDULES[lr_schedule](epoch, epochs)
         for x, y, _ in images.batches(batch_size, generator):
-            rows = written_out(ready(network, strategy.streams(x, y, None, generator)).x)
-            params, state, loss = step(params, state, rows.numpy(), rate)
+            s = ready(network, strategy.streams(x, y, None, generator))
+            both_streams(torch.zeros(sum(s.sizes), 1), s, "the step")
+            params, state, loss = step(params, state, written_out(s.x).numpy(), rate)
             losses.append(loss)
         mean = np.mean([np.array(loss) for loss in losses], 0)
+        if not np.isfinite(mean).all():
+            raise Diverged(f"the loss of epoch {epoch + 1} is not a number; take a smaller lr than {lr:g}")
         epochs_seen.append(dict(loss=mean.tolist(), seconds=time.perf_counter() - began))
     load_params(network, params)
     return epochs_seen
@@ -192,8 +213,13 @@ def jax_row(recipe, seed=0, root=None):
     """
     needs_jax()
     recipe = named(recipe)
-    if recipe.method != "ff" or recipe.objective.peer or recipe.objective.name not in (None, "hinton"):
-        raise ValueError(f"recipe {recipe.name!r}: expected method 'ff' with Hinton's loss and without peer term")
+    plain = recipe.method == "ff" and not recipe.objective.peer and recipe.objective.name in (None, "hinton")
+    together = recipe.schedule.name == "together" and not (recipe.schedule.collaboration or recipe.schedule.spans)
+    if not (plain and together) or dict(recipe.objective.options).keys() - {"theta"}:
+        raise ValueError(
+            f"recipe {recipe.name!r}: expected method 'ff' with Hinton's loss, no option of it but theta, no peer term, "
+            "and all layers together without collaboration"
+        )
     images = images_of(recipe, root)
     validation = hold_out(images, validation_size(images))
     network, strategy = network_of(recipe, images, seed), strategy_of(recipe, images.num_classes)

@@ -32,10 +32,11 @@ class Objective(nn.Module):
     Heads, centroids and moving averages belong to the objective, as parameters and buffers: they are trained, saved and
     resumed with it. peers: a `PeerNormalisation` of the layer's units (channels), or None. progress: the share of the
     layer's own epochs that is over, 0 to 1, set by `train` before each epoch, for temperatures and warm-ups. adds_up:
-    whether the loss is a mean over images, so that a batch may be learned in parts (`train`, micro_batch).
+    whether the loss is a mean over images, so that a batch may be learned in parts (`train`, micro_batch). usual:
+    whether read-out A sums squares whatever the goodness is; with an objective of one's own it sums that goodness.
     """
 
-    adds_up = True
+    adds_up, usual = True, False
 
     def __init__(self):
         super().__init__()
@@ -137,6 +138,8 @@ class GoodnessObjective(Objective):
     "positions": the channels at each position of a feature map give one.
     """
 
+    usual = True
+
     def __init__(self, goodness=sum_of_squares, loss=hinton_loss, reduction="rows", **options):
         super().__init__()
         if reduction not in REDUCTIONS:
@@ -223,6 +226,8 @@ class PeerNormalisation(nn.Module):
 class ClassScores(Objective):
     "Base of objectives whose goodness is a score for each class, learned by cross-entropy; a subclass has `scores`."
 
+    usual = True
+
     def goodness(self, h, s=None):
         return self.scores(h, s)
 
@@ -277,6 +282,8 @@ class LabelObjective(Objective):
 
     The streams are the images under all labels, the right one first, as `all_labels` makes them.
     """
+
+    usual = True
 
     def __init__(self, alpha=32.0):
         super().__init__()

@@ -22,7 +22,7 @@ from .labels import check_room, labelled, neutral
 from .layers import hand_on
 from .network import Network, activities, as_features, check_channels, reading, ready, run_layer, twin, walk
 from .streams import Streams
-from .checks import keeping_memory, one_of
+from .checks import check_whole, keeping_memory, one_of
 
 # %% ../nbs/111_readout.ipynb #4757381f
 def check_samples(x, y):
@@ -70,6 +70,11 @@ def strategy_of(network, strategy=None):
     Raises ValueError where that one cannot write labels: read-out A is then not applicable ("n/a").
     """
     strategy = getattr(network, "strategy", None) if strategy is None else strategy
+    if strategy is None and hasattr(network, "head"):
+        raise ValueError(
+            "n/a: the network was trained by backpropagation, so its goodness names no class; read it by head_error or "
+            "linear_probe"
+        )
     if strategy is not None and not strategy.contrasts_labels:
         raise ValueError(
             f"n/a: the network was trained by {strategy.name or type(strategy).__name__}, which contrasts no labels, "
@@ -95,7 +100,10 @@ MOST_ROWS = 2500  # at a time: the activities of more images under all labels no
 
 @torch.no_grad()
 def goodness_under_labels(network, x, num_classes, see, strategy=None, precision="auto", device="auto", batch_size=500):
-    """Go up the network with every image under every label; `see(height, h)` is told of each activity.
+    """Go up the network with every image under every label; `see(height, h, own)` is told of each activity.
+
+    own: None, or the goodness `[rows]` that the layer's objective was trained on, as a function without arguments,
+    where that is one of its own (`Objective.usual`).
 
     Activities are `[classes x batch, …]`. batch_size: of images at a time, at most `MOST_ROWS` with all their labels.
     Yields the number of images after each batch. A network with iterations is seen at those in `read_at`.
@@ -107,7 +115,8 @@ def goodness_under_labels(network, x, num_classes, see, strategy=None, precision
     def visit(height, layer, xs, s, t):
         h = run_layer(layer, xs, read.precision)
         if t in read.read_at:
-            see(height, h)
+            own = read.objectives[height - 1] if len(read.objectives) >= height else None
+            see(height, h, None if own is None or own.usual else lambda: own.goodness(h, s).float().mean(1))
         return h, hand_on(layer, h)
 
     with reading(read):
@@ -141,7 +150,7 @@ def label_goodness(
 
     strategy: writes the labels; None takes the one that trained the network, or else the first pixels. The product of
     the images with the first layer is computed once for all labels; deeper layers take all labels as one batch.
-    goodness: from `[rows, units]` to `[rows]`; None: `usual_goodness`.
+    goodness: from `[rows, units]` to `[rows]`; None: that of an objective of one's own, else `usual_goodness`.
     Raises ValueError for a `first` that is no layer, and for networks whose training contrasted no labels.
     """
     if not 1 <= first <= len(network.layers):
@@ -150,9 +159,9 @@ def label_goodness(
         )
     totals, out = [], []
 
-    def see(height, h):
+    def see(height, h, own):
         if height >= first:
-            g = (goodness or usual_goodness(h))(h.flatten(1))
+            g = own() if own and goodness is None else (goodness or usual_goodness(h))(h.flatten(1))
             totals.append(totals.pop() + g if totals else 0.0 + g)
 
     strategy = strategy_of(network, strategy)
@@ -414,6 +423,7 @@ def probe_errors(train, test, images, fit=fit_probe, joined=2, refit=False, miss
     fit: `fit_probe` or `fit_ridge`. refit: fit it again on all training images, with the l2 chosen so, before it is
     tested. missed: a dictionary that takes, by the same names, which test images are read wrong, bool `[images]`.
     """
+    check_whole("joined", joined)
     (rest, held), out = split_rows(images, held_out(images)), {"test": {}, "validation": {}}
     y, y_test = images.y_train.to(train[0].device), images.y_test.to(train[0].device)
     matrices = {f"layer_{i}": (a, b) for i, (a, b) in enumerate(zip(train, test), start=1)}
@@ -436,6 +446,8 @@ def read_as(network, images, neutral_label=None):
     neutral_label: True, the neutral label over the first pixels; False, plain images; None: as the strategy that
     trained the network writes them, plain for one trained by backpropagation, and else under the neutral label.
     """
+    if neutral_label is not None and not isinstance(neutral_label, bool):
+        raise ValueError(f"neutral_label={neutral_label!r}: expected True, False or None")
     if neutral_label is None and getattr(network, "strategy", None) is not None:
         return dict(strategy=network.strategy)
     plain = neutral_label is False or neutral_label is None and hasattr(network, "head")
@@ -456,7 +468,7 @@ def linear_probe(
     network: Network,
     images: Images,
     *,
-    neutral_label: bool | int | None = None,
+    neutral_label: bool | None = None,
     fit: Callable = fit_probe,
     joined: int = 2,
     refit: bool = False,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .architecture import KNOWN
 from .backprop import train_backprop
-from .checks import one_of
+from .checks import check_whole, one_of
 from .data import Images, as_float, checksum, data_root
 from .network import Network, activities
 from .readout import features, fit_probe, head_error
@@ -120,13 +120,15 @@ class OwnPredictions(PlainPositives):
     def __init__(self, num_classes, source="teacher", rollout=20, first=2, rate=3.0):
         super().__init__(num_classes)
         one_of(source, SOURCES, "source of negatives")
+        check_whole("rollout", rollout)
         self.source, self.rollout, self.first, self.rate = source, rollout, first, rate
+        self.register_buffer("weight", None)
+        self.register_buffer("bias", None)
 
     def begin(self, network, x):
         units = len(self.seen(network, x)[0])
-        if getattr(self, "weight", None) is None or len(self.weight) != units:
-            self.register_buffer("weight", torch.zeros(units, self.num_classes))
-            self.register_buffer("bias", torch.zeros(self.num_classes))
+        if self.weight is None or len(self.weight) != units:
+            self.weight, self.bias = torch.zeros(units, self.num_classes), torch.zeros(self.num_classes)
 
     def seen(self, network, x):
         "What the softmax reads, float32 `[rows, units]`: normalised activities of the upper layers, side by side."
@@ -237,6 +239,10 @@ class TextRun:
     strings: int = 248
     tested: int = 124
     every: int = 4
+
+    def __post_init__(self):
+        one_of(self.method, ("ff", "local_classifier", "backprop", "untrained", "window", "counts"), "method")
+        one_of(self.source, SOURCES, "source of negatives")
 
     def identity(self):
         "All settings but the name, as a row keeps them."

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .architecture import KNOWN
-from .checks import one_of
+from .checks import check_whole, one_of
 from .data import as_float, checksum
 from .goodness import mean_of_squares, sum_of_squares
 from .labels import overlay, wrong_labels
@@ -38,8 +38,12 @@ class OnePhase(Objective):
     threshold: "fixed", or "running": half way between moving averages of positives' and of negatives' goodness.
     """
 
+    usual = True
+
     def __init__(self, units, form="sum", threshold="fixed", momentum=0.9):
         super().__init__()
+        one_of(form, ("sum", "mean"), "form of the goodness")
+        one_of(threshold, ("fixed", "running"), "threshold")
         self.units, self.form, self.threshold, self.momentum = units, form, threshold, momentum
         theta = float(units if form == "sum" else 1.0)
         self.register_buffer("means", torch.tensor([theta, theta]))  # of negatives and of positives
@@ -71,6 +75,7 @@ class SleepStrategy(LabelEmbeddingStrategy):
     """
 
     name = "sleep"
+    keeps_count = True
 
     def __init__(self, num_classes, k=1, form="sum", threshold="fixed"):
         super().__init__(num_classes)
@@ -126,6 +131,10 @@ def one_layer(
     `units` for the form "mean". images: labels stand on their first pixels; centred: the mean image is taken off all
     other pixels. Gives the `FFLinear`.
     """
+    one_of(form, ("sum", "mean"), "form of the goodness")
+    one_of(threshold, ("fixed", "running"), "threshold")
+    check_whole("k", k, least=0)
+    check_whole("batch_size", batch_size, least=1 if k else 2)
     generator = torch.Generator().manual_seed(seed)
     layer = FFLinear(images.num_pixels, units, generator=generator)
     weight, bias = layer.weight.data, layer.bias.data

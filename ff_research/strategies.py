@@ -35,7 +35,8 @@ class Strategy(nn.Module):
     contrasts_labels: whether `create_positive` writes the label into the image and training contrasts right with
     wrong ones, so that labels can be read out of the goodness (read-out A means something for these only).
     has_negatives: whether there are any. many_negatives: whether an image has several at once, of which `generate`
-    gives one. extra_inputs: how many numbers a row of the first layer has beyond the image's own.
+    gives one. extra_inputs: how many numbers a row of the first layer has beyond the image's own. keeps_count: whether
+    streams depend on how many were made before, so that none may be made ahead of its step.
     Options of your own belong into `__init__` and under their names into `self`: they are printed, and checkpoints
     compare them. What the strategy itself learns is a parameter or a buffer, and is saved and resumed with it.
     """
@@ -46,6 +47,7 @@ class Strategy(nn.Module):
     many_negatives = False
     label_pixels = 0
     extra_inputs = 0
+    keeps_count = False
 
     def __init__(self, num_classes):
         super().__init__()

@@ -10,9 +10,11 @@ __all__ = ['COLLABORATIONS', 'KEEP_UP_TO', 'NUMERICS', 'Step', 'with_squares', '
 import contextlib
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from operator import index
 from pathlib import Path
 
@@ -232,7 +234,7 @@ class Frozen:
         fresh, self.visit = self.visit != row, row
         if self.draw == "epoch":
             self.begin_drawn(fresh, top)
-        elif top == 1 or self.asked.iterations:
+        elif top == 1 or self.asked.iterations or getattr(self.strategy, "keeps_count", False):
             self.outs = self.sums = None
         elif fresh:
             generators = list(self.generators.values())
@@ -302,7 +304,7 @@ def identity(images):
 def settings_of(method, network, images, **more):
     "What two runs must share for one to go on from the other's checkpoint, as JSON keeps it."
     settings = dict(method=method, network=repr(network), data=identity(images)) | more
-    return json.loads(json.dumps(settings, default=lambda number: number.item()))  # numpy's own
+    return json.loads(json.dumps(settings, default=lambda number: number.tolist()))  # numpy's own
 
 # %% ../nbs/108_training.ipynb #55178402
 def check_images(images, network, epochs, batch_size, strategy=None):
@@ -358,7 +360,7 @@ def check_kinds(network, strategy, objective=None, needed=True):
             "ff_research.Strategy and defines create_positive(x, y) and generate(x, y)"
         )
     for one in objective if isinstance(objective, (list, tuple, nn.ModuleList)) else [objective]:
-        if not (one is None or hasattr(one, "local_loss")):
+        if isinstance(one, type) or not (one is None or hasattr(one, "local_loss")):
             name = getattr(one, "__name__", None)
             more = f"; call it, {name}()" if name else "; hinton() or symba(), for instance"
             raise ValueError(f"objective={name or shown(repr(one), 60)}: expected an Objective{more}")
@@ -366,8 +368,9 @@ def check_kinds(network, strategy, objective=None, needed=True):
 
 def _per_layer(lr, layers):
     "One learning rate for each layer."
+    lr = lr.tolist() if hasattr(lr, "tolist") else lr
     rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * layers
-    if len(rates) != layers or any(rate < 0 for rate in rates):
+    if len(rates) != layers or not all(isinstance(rate, Real) and 0 <= rate < math.inf for rate in rates):
         raise ValueError(f"lr={lr!r}: expected one rate >= 0, or one for each of the {layers} layers")
     return rates
 

@@ -33,6 +33,16 @@ def test_none_of_scikit_learns_checks_fails():
     assert failed(ff.FFClassifier(epochs=10)) == []
 
 
+def test_the_features_are_standardised_as_scikit_learn_does_it():
+    x, y = load_wine(return_X_y=True)
+    x = np.c_[x, np.full(len(x), 3.0)]  # a column that does not vary
+    model = ff.FFClassifier(epochs=5, widths=(20, 20), random_state=0).fit(x, y)
+    usual = StandardScaler().fit(x)
+    assert np.allclose(model.mean_, usual.mean_) and np.allclose(model.scale_[:-1], usual.scale_[:-1])
+    assert model._rows(x)[:, 0, 0, -1].abs().max() == 0
+    assert len(ff.FFClassifier(epochs=0, widths=(20,)).fit(x, y).history_) == 0
+
+
 @pytest.mark.slow
 def test_none_of_scikit_learns_checks_fails_with_the_defaults():
     assert failed(ff.FFClassifier()) == []
@@ -79,7 +89,7 @@ def test_its_network_is_saved_without_pickle(tmp_path):
     model = ff.FFClassifier(epochs=20, random_state=0).fit(X, y)
     ff.save(model.network_, tmp_path / "wine.safetensors")
     network = ff.load_network(tmp_path / "wine.safetensors")
-    rows = ((X - model.mean_) * model.scale_).astype(np.float32)
+    rows = ((X - model.mean_) / model.scale_).astype(np.float32)
     guess = ff.predict(network, rows, first=1, precision="fp32", device="cpu")
     assert np.array_equal(np.array(network.class_names)[guess], model.predict(X))
 

@@ -299,8 +299,9 @@ def changed(graph, **parts):
 BAD = {
     "no train mask": dict(train=None),
     "labels out of range, 0 to 2; expected 0 to 1": dict(num_classes=2),
-    "edges name the nodes up to 120": dict(edges=torch.tensor([[0], [120]])),
+    "edges name the nodes 0 to 120": dict(edges=torch.tensor([[0], [120]])),
     "expected int64": dict(edges=torch.zeros(2, 3)),
+    r"labels \[120\] torch.int8; expected int64": dict(y=torch.zeros(120, dtype=torch.int8)),
     r"for 119 labels": dict(y=torch.zeros(119, dtype=torch.int64)),
     "NaN": dict(x=torch.full((120, 32), float("nan"))),
     "names no node": dict(test=torch.zeros(120, dtype=torch.bool)),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ff_research import jax_ff
+from ff_research.checkpoints import Diverged
 from ff_research.goodness import hinton_loss
 from ff_research.jax_ff import direction, jax_row, load_params, params_of, start, stepper, timed, trained_in_jax
 from ff_research.network import Network
@@ -146,13 +147,24 @@ def test_what_does_not_fit_is_said(digits):
     for network in (Network([64, 20, 30]), Network([64, 20]), Network([64, 20, 20], triangle=True)):
         with pytest.raises(ValueError, match="of one width"):
             params_of(network)
-    for name in ("mono_forward", "all_labels", "layer_wise", "self_contrastive"):
+    for name in ("mono_forward", "all_labels", "layer_wise", "self_contrastive", "hard_mining", "adversarial", "sleep"):
         with pytest.raises(ValueError, match="one negative for each"):
             trained_in_jax(Network([64, 20, 20]), few, STRATEGIES[name](10), 1)
     with pytest.raises(ValueError, match="did you mean 'sgd'"):
         direction("sdg")
-    with pytest.raises(ValueError, match="without peer"):
+    for changes in (
+        dict(schedule="greedy"),
+        dict(collaboration="all"),
+        dict(objective="hinton", options=(("scale", 0.03),)),
+    ):
+        with pytest.raises(ValueError, match="no option of it but theta"):
+            jax_row(RECIPES["small-mnist"].vary(name="other", **changes))
+    with pytest.raises(ValueError, match="no peer term"):
         jax_row(RECIPES["loewe"])
+    with pytest.raises(ValueError, match="weights of 3 layers for a network of 2"):
+        load_params(Network([64, 20, 20]), params_of(Network([64, 20, 20, 20])))
+    with pytest.raises(Diverged, match="not a number"):
+        trained_in_jax(Network([64, 20, 20]), few, STRATEGIES["label_embedding"](10), 2, lr=1e30)
 
 
 @needs

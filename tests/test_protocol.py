@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ff_research.data import data_root
+from ff_research.backprop import train_backprop
+from ff_research.data import data_root, from_arrays
 from ff_research.labels import wrong_labels
 from ff_research.layers import FFConv, FFLinear, Layer, Merge, prepare
 from ff_research.learners import Learner
 from ff_research.network import Network, activities, ready, walk
-from ff_research.objectives import ChannelCompetition, ClassScores, hinton, symba
+from ff_research.objectives import ChannelCompetition, ClassScores, Objective, hinton, symba
+from ff_research.predictions import predict
 from ff_research.readout import features, label_goodness, linear_probe, per_label_goodness, scores_errors
 from ff_research.schedules import spans
 from ff_research.strategies import STRATEGIES, PlainPositives, Strategy
@@ -663,3 +665,48 @@ def test_shared_rows_are_prepared_as_if_they_were_written_out(how, inputs, scale
     ready_rows = prepare(rows, inputs, how=how)
     torch.testing.assert_close(ready_rows.dense(), prepare(rows.dense(), inputs, how=how), rtol=1e-5, atol=1e-6)
     assert len(ready_rows.base) == 5  # still shared
+
+
+# Read-outs and messages
+
+
+class Quiet(Objective):
+    "A layer is quiet for positives: its goodness is minus the mean of squares."
+
+    def goodness(self, h, s):
+        return -h.flatten(1).square().mean(1, keepdim=True)
+
+    def loss(self, g, s):
+        right, wrong = s.split(g)
+        return F.softplus(8 * (wrong - right)).mean()
+
+
+def test_labels_are_read_by_the_goodness_that_was_trained(digits):
+    network = Network([64, 60, 60])
+    train(network, digits, STRATEGIES["label_embedding"](10), 12, lr=0.1, batch_size=50, objective=Quiet(), **QUIET)
+    where = dict(device="cpu", precision="fp32")
+    assert per_label_goodness(network, digits, **where) < 30
+    assert per_label_goodness(network, digits, goodness=lambda h: h.square().sum(1), **where) > 70
+    assert (predict(network, digits.x_test, **where) != digits.y_test).float().mean() < 0.3
+
+
+def test_read_outs_that_mean_nothing_are_refused(digits):
+    network = Network([64, 20, 20])
+    train_backprop(network, digits, 1, **QUIET)
+    for call, words in [
+        (lambda: per_label_goodness(network, digits), "n/a: the network was trained by backpropagation"),
+        (lambda: linear_probe(network, digits, joined=0), "joined=0"),
+        (lambda: linear_probe(network, digits, neutral_label=0), "neutral_label=0: expected True, False or None"),
+        (lambda: train_backprop(network, replace(digits, num_classes=12), 1, **QUIET), "del network.head"),
+        (lambda: from_arrays(*(digits.x_train, digits.y_train) * 2), "begins with a name"),
+        (lambda: fit_once(digits, objective=Quiet), r"call it, Quiet\(\)"),
+        (lambda: fit_once(digits, lr=float("nan")), "lr=nan: expected one rate"),
+        (lambda: fit_once(digits, lr="0.1"), "expected one rate"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+    train(Network([64, 20, 20]), digits, STRATEGIES["label_embedding"](10), 1, lr=np.array([0.01, 0.01]), **QUIET)
+
+
+def fit_once(images, **options):
+    return train(Network([64, 20]), images, STRATEGIES["label_embedding"](10), 1, **options, **QUIET)

@@ -20,6 +20,16 @@ def made(**options):
     return top_down((1, 8, 8), (30, 20), inputs="centred", **options)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_read_in_any_precision(precision, digits):
+    where = dict(device="cpu", precision=precision)
+    network, strategy = made(), ClampedLabelStrategy(10)
+    train(network, digits, strategy, 1, progress=False, **ADAM, **where)
+    assert ff.predict(network, digits.x_test[:20], **where).shape == (20,)
+    assert 0 <= per_label_goodness(network, digits, **where) <= 100
+    assert linear_probe(network, digits, **where)["test"]["layer_2"] < 60
+
+
 def test_an_update_keeps_its_share_and_the_way_up_reads_nothing_above():
     g = torch.Generator().manual_seed(0)
     own, below, above, up, down = (

@@ -44,6 +44,29 @@ def made(images, widths=(20, 20), seed=0):
 # Text
 
 
+def test_a_network_that_wrote_its_own_negatives_comes_back(verse, tmp_path):
+    network = made(verse)
+    train(
+        network,
+        verse,
+        OwnPredictions(verse.num_classes),
+        1,
+        batch_size=50,
+        progress=False,
+        device="cpu",
+        precision="fp32",
+    )
+    ff.save(network, tmp_path / "a.safetensors")
+    again = ff.load_network(tmp_path / "a.safetensors")
+    assert torch.equal(again.strategy.weight, network.strategy.weight)
+
+
+@pytest.mark.parametrize("wrong", [dict(method="backprob"), dict(method="ff", source="techer")])
+def test_a_misspelt_run_is_refused(wrong):
+    with pytest.raises(ValueError, match="did you mean"):
+        TextRun("mine", **wrong)
+
+
 def test_there_and_back():
     assert decode(encode("It's a Dog\n\nAnd -- a  cat; 7 of them.")) == "its a dog and a cat; of them."
     assert len(ALPHABET) == 30 and encode("a.").tolist() == [0, 29]

@@ -76,6 +76,13 @@ def test_it_learns_one_step_at_a_time(options, digits):
     assert per_label_goodness(network, digits, first=1, device="cpu") < 30
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_layers_that_learn_one_after_another_have_their_phases(k, digits):
+    network = ff.Network([64, 30, 30])
+    train(network, digits, SleepStrategy(10, k=k), 2, schedule="greedy", batch_size=100, **SGD, **QUIET)
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
 def test_layers_stay_local(digits):
     states = []
     for widths in ([64, 20], [64, 20, 20]):
