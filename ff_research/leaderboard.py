@@ -155,9 +155,9 @@ def read_outs(row):
 
 
 def hardware_of(row):
-    """Processor and precision of a row, such as "EPYC family 26 model 2 fp32" or "H100 bf16".
+    """CPU or GPU and precision of a row, such as "EPYC family 26 model 2 fp32" or "H100 bf16".
 
-    "CPU fp32" where a row does not name its processor, as rows made before 29 November 2026 do not.
+    "CPU fp32" where a row does not name it, as rows made before 29 November 2026 do not.
     """
     kind, _, name = str(row.get("device")).partition(":")
     words = re.sub(r"NVIDIA|AMD|Intel|\(R\)|Processor|x86_64|,.*", "", name).split()
@@ -236,7 +236,7 @@ def leaderboard(rows=None, recipes=None):
     """The lines of the leaderboard, dictionaries with the keys of `COLUMNS`; best probe first within a data set.
 
     rows: published ones if None; recipes: {name: recipe}, the book's if None. Errors in %, `seconds` of training,
-    a median, `cost` as a multiple of backprop's with the same data, network, images, epochs, processor and precision.
+    a median, `cost` as a multiple of backprop's with the same data, network, images, epochs, hardware and precision.
     Of recipes that differ in their search only, the first has a line.
     """
     recipes, by_name = RECIPES if recipes is None else recipes, {}

@@ -108,7 +108,7 @@ def goodness_under_labels(network, x, num_classes, see, strategy=None, precision
     Activities are `[classes x batch, …]`. batch_size: of images at a time, at most `MOST_ROWS` with all their labels.
     Yields the number of images after each batch. A network with iterations is seen at those in `read_at`.
     """
-    if strategy is None or getattr(strategy, "label_pixels", 0):
+    if strategy is None or getattr(strategy, "label_pixels", 0) and not getattr(strategy, "extra_inputs", 0):
         check_room(x[:1], num_classes)
     read = twin(network, precision, device)
 

@@ -32,7 +32,8 @@ def update(own, below, above, up, down, bias, keep=0.3):
     """
     if own is None:
         return product(below, up, bias).relu()
-    return torch.lerp((product(below, up, bias) + F.linear(above, down)).relu(), own, keep)
+    new = (product(below, up, bias) + F.linear(above.to(down.dtype), down)).relu()
+    return torch.lerp(new, own.to(new.dtype), keep)
 
 # %% ../nbs/601_recurrent.ipynb #c6010012
 class TopDownLayer(FFLinear):

@@ -328,7 +328,7 @@ def check_images(images, network, epochs, batch_size, strategy=None):
     classes = getattr(strategy, "num_classes", images.num_classes)
     check_labels(y, classes)
     extra = getattr(strategy, "extra_inputs", 0)
-    if getattr(strategy, "label_pixels", 0):
+    if getattr(strategy, "label_pixels", 0) and not extra:
         check_room(x[:1], classes)
     elif getattr(strategy, "contrasts_labels", False) and not extra and classes < 2:
         raise ValueError(f"{classes} classes: at least two are needed")
@@ -428,13 +428,14 @@ def _check_collaboration(network, strategy, collaboration, overlap):
 def _draws(draw, schedule, network, strategy):
     "When negatives are drawn: `draw`, or the default of the schedule. Raises ValueError for what cannot be."
     named = any(isinstance(r, str) for layer in network.layers for r in reads_of(layer))
-    able = not (strategy.redraws or strategy.many_negatives or network.iterations or named)
+    counts = getattr(strategy, "keeps_count", False)
+    able = not (strategy.redraws or strategy.many_negatives or network.iterations or named or counts)
     draw = draw or ("epoch" if schedule == "greedy" and able else "batch")
     one_of(draw, ("batch", "epoch"), "draw")
     if draw == "epoch" and not able:
         raise ValueError(
             "draw='epoch' keeps what frozen layers hand on for one positive and one negative of each image, which a "
-            "strategy that redraws or has many negatives, or a network with iterations or inputs by name, does not have; "
+            "strategy that redraws, counts or has many negatives, or a network with iterations or inputs by name, does not have; "
             "take draw='batch'"
         )
     return draw

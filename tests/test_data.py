@@ -346,7 +346,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, near):
 @pytest.mark.parametrize("name", ["", "xyzzy"])
 def test_a_name_like_no_other_is_answered_with_all(name):
     with pytest.raises(
-        ValueError, match=f"unknown data set '{name}' Known: digits, mnist, fashion_mnist, cifar10, or the path"
+        ValueError, match=f"unknown data set '{name}'. Known: digits, mnist, fashion_mnist, cifar10, or the path"
     ):
         load(name)
 

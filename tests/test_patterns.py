@@ -41,7 +41,7 @@ def test_a_convolutional_network_transfers(digits):
     network = conv(digits.shape, (8, 8), pool=[2, 0])
     errors = transfer_errors(network, digits, neutral_label=False, device="cpu")["test"]
     assert set(errors) == {"layer_1", "layer_2"} and max(errors.values()) < 40
-    with pytest.raises(ValueError, match="FFConv takes"):
+    with pytest.raises(ValueError, match="first layer takes 3"):
         transfer_errors(conv((3, 8, 8), (8,)), digits, neutral_label=False, device="cpu")
 
 
