@@ -116,7 +116,8 @@ def goodness_under_labels(network, x, num_classes, see, strategy=None, precision
         h = run_layer(layer, xs, read.precision)
         if t in read.read_at:
             own = read.objectives[height - 1] if len(read.objectives) >= height else None
-            see(height, h, None if own is None or own.usual else lambda: own.goodness(h, s).float().mean(1))
+            usual = own is None or getattr(own, "usual", True)
+            see(height, h, None if usual else lambda: own.goodness(h, s).float().mean(1))
         return h, hand_on(layer, h)
 
     with reading(read):

@@ -132,10 +132,10 @@ class MicroStep(Step):
         super().__init__(asked, learners, *parts)
         self.size = size
         for height, learner in learners.items():
-            if not learner.objective.adds_up:
+            if not getattr(learner.objective, "adds_up", True):
                 raise ValueError(
-                    f"micro_batch needs losses that are means over images, and layer {height}'s "
-                    f"{type(learner.objective).__name__} compares the images of a batch or moves once for each part of it"
+                    f"micro_batch needs losses that are means over images: layer {height}'s "
+                    f"{type(learner.objective).__name__} compares the images of a batch, or moves once for each part"
                 )
             learner.optimizer = Accumulated(learner.optimizer)
 
@@ -435,8 +435,8 @@ def _draws(draw, schedule, network, strategy):
     if draw == "epoch" and not able:
         raise ValueError(
             "draw='epoch' keeps what frozen layers hand on for one positive and one negative of each image, which a "
-            "strategy that redraws, counts or has many negatives, or a network with iterations or inputs by name, does not have; "
-            "take draw='batch'"
+            "strategy that redraws, counts or has many negatives, or a network with iterations or inputs by name, does "
+            "not have; take draw='batch'"
         )
     return draw
 
