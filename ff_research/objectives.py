@@ -273,7 +273,8 @@ class ChannelCompetition(ClassScores):
     def scores(self, h, s=None):
         if h.shape[1] % self.num_classes:
             raise ValueError(f"{h.shape[1]} channels cannot be shared out evenly among {self.num_classes} classes")
-        scores = h.pow(self.power).mean(tuple(range(2, h.ndim))) if h.ndim > 2 else h.pow(self.power)
+        # positions before channels, as the memory of feature maps has them on CPUs: the gradient keeps that order
+        scores = h.flatten(2).transpose(1, 2).pow(self.power).mean(1) if h.ndim > 2 else h.pow(self.power)
         return scores.unflatten(1, (self.num_classes, -1)).mean(2)
 
 # %% ../nbs/105_objectives.ipynb #98b84d21

@@ -24,10 +24,10 @@ from ff_research.convolution import (
     waves,
 )
 from ff_research.data import Images, as_float
-from ff_research.layers import FFConv
+from ff_research.layers import FFConv, channels_last_gradient
 from ff_research.modelfiles import load_network, save
 from ff_research.network import NETWORKS, Network, activities
-from ff_research.objectives import PeerNormalisation, hinton, symba
+from ff_research.objectives import ChannelCompetition, PeerNormalisation, hinton, symba
 from ff_research.predictions import fit_readout, predict, scores
 from ff_research.readout import label_goodness, linear_probe, per_label_goodness
 from ff_research.recipes import RECIPES, Recipe
@@ -493,7 +493,7 @@ def test_pooling_before_relu_gives_the_bits_of_pooling_after_it(norm):
     def by_hand():
         z = layer.conv(x.contiguous(memory_format=torch.channels_last))
         h = F.max_pool2d((layer.batch_norm(z) if norm == "batch_first" else z).relu(), 2)
-        return layer.batch_norm(h) if norm == "batch" else h
+        return channels_last_gradient(layer.batch_norm(h)) if norm == "batch" else h
 
     found = []
     for h in (layer(x), by_hand()):
@@ -501,3 +501,24 @@ def test_pooling_before_relu_gives_the_bits_of_pooling_after_it(norm):
         found.append([h.detach(), *grads])
     assert all(torch.equal(one, other) for one, other in zip(*found))
     assert (found[0][0] != 0).any() and all((grad != 0).any() for grad in found[0][1:2])
+
+
+@pytest.mark.parametrize("norm", [None, "batch_first", "batch"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_reach_normalisation_with_channels_last(norm, power):
+    "In another order its backward pass takes some ten times as long; the order changes no more than rounding."
+    layer = FFConv(3, 20, 3, norm=norm, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y, objective = torch.arange(8), ChannelCompetition(10, power)
+    h, orders = layer(x), []
+    h.register_hook(lambda grad: orders.append(grad.is_contiguous(memory_format=torch.channels_last)))
+    loss = F.cross_entropy(objective.scores(h), y) + h.flatten(1).square().mean()
+    found = torch.autograd.grad(loss, [x, layer.conv.weight])
+    z = layer.conv(x)
+    z = layer.batch_norm(z).relu() if norm == "batch_first" else z.relu()
+    z = layer.batch_norm(z) if norm == "batch" else z
+    scores = torch.stack([group.pow(power).mean((1, 2, 3)) for group in z.chunk(10, 1)], 1)
+    expected = torch.autograd.grad(F.cross_entropy(scores, y) + z.square().mean(), [x, layer.conv.weight])
+    assert orders and all(orders)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
