@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .checkpoints import History, claimed, read_checkpoint, restore, save_checkpoint
+from .checkpoints import History, claimed, crc, read_checkpoint, restore, save_checkpoint
 from .checks import keeping_memory, shown
 
 # %% ../nbs/913_loops.ipynb #a2b7162a
@@ -346,6 +346,28 @@ def unsettled(network, most=0.05):
     )
 
 
+def _first(live, stored=None, path=None):
+    """What a checkpoint remembers of the weights that a run began with, {"first": their CRC-32}.
+
+    stored: a checkpoint's tensors, "first" is taken out of them; warns where it began with other weights than the
+    network's, which are neither those that it reached.
+    """
+
+    def of_layers(tensors):
+        return torch.tensor(crc({name: t for name, t in tensors.items() if name.startswith("network.layers.")}))
+
+    own = of_layers(live)
+    if stored is None or "first" not in stored:
+        return {"first": own}
+    first = stored.pop("first")
+    if own not in (first, of_layers(stored)):
+        warn(
+            f"{path} goes on with a network that began with other weights than this one (another seed?), whose weights "
+            "are replaced; move the file away to train this one"
+        )
+    return {"first": first}
+
+
 def run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progress, told, compare_with=None):
     """Run the epochs that a checkpoint does not hold yet, and write it after each; gives the `History`.
 
@@ -353,17 +375,19 @@ def run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progr
     that change, by name; refresh: called once these were loaded; generators: by name; settings: what two runs must
     share; told: `Told`; compare_with: see `read_checkpoint`.
     """
-    history, start, epochs = History(), 0, len(told.table)
+    history, start, epochs, first = History(), 0, len(told.table), {}
     with keeping_memory(), claimed(checkpoint):
         if checkpoint is not None and Path(checkpoint).exists():
             start, stored, history, kept = read_checkpoint(checkpoint, settings, epochs, compare_with)
+            first = _first(live, stored, checkpoint)
             told.restore(kept, checkpoint)
             restore(live, stored, generators, checkpoint)
             refresh()
         elif checkpoint is not None:
-            save_checkpoint(checkpoint, live, 0, settings, history, generators, told.state())
+            first = _first(live)
+            save_checkpoint(checkpoint, live | first, 0, settings, history, generators, told.state())
         try:
-            _run(one_epoch, live, generators, settings, checkpoint, progress, told, history, start)
+            _run(one_epoch, live | first, generators, settings, checkpoint, progress, told, history, start)
         except KeyboardInterrupt:
             if not len(history):
                 raise

@@ -502,6 +502,7 @@ def test_convolutional_methods_are_compared_on_images_of_any_size_and_number_of_
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     table = {line[0].removesuffix("-on-mine"): dict(zip(lines[0], line)) for line in lines[2:]}
     assert {"cwcomp", "scff", "softhebb", "label-channel", "locally-connected", "spread-labels"} <= set(table)
+    assert {"corner-labels", "conv-image-mixing", "conv-distance", "local-flat", "local-predsim"} <= set(table)
     assert all(float(line["linear probe"]) < 60 for line in table.values()), table
     assert table["cwcomp"]["class scores"] != "n/a" and table["spread-labels"]["per-label goodness"] != "n/a"
     assert shell("compare", "--network", "convv")[0] == 2

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -212,6 +213,21 @@ def test_of_another_network(path, digits):
     for network, options in others:
         said = refused(path, digits, network, **options)
         assert "belongs to another run: network is" in said and "\\n" not in said
+
+
+def test_of_other_first_weights(tmp_path, digits):
+    "The run in the file goes on, and says so; a network of the same seed, or the trained one itself, is no other."
+    path = tmp_path / "run.safetensors"
+    options = dict(lr_schedule="constant", checkpoint=path, progress=False, device="cpu", precision="fp32")
+    network, again, other = Network([64, 20], seed=1), Network([64, 20], seed=1), Network([64, 20], seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(network, digits, LABELS(10), epochs=1, **options)
+        train(network, digits, LABELS(10), epochs=2, **options)
+        train(again, digits, LABELS(10), epochs=2, **options)
+    with pytest.warns(UserWarning, match="began with other weights than this one .another seed.*move the file away"):
+        train(other, digits, LABELS(10), epochs=2, **options)
+    assert torch.equal(other.layers[0].weight, network.layers[0].weight)
 
 
 def test_of_other_images(path, digits):
