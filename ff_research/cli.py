@@ -329,14 +329,26 @@ def _tellable(row, source="rows"):
     return row
 
 
-def summary_table(rows):
-    "A line a recipe: both read-outs on the test set in %, mean ± standard deviation, and seconds of training."
-    lines, rows = [], [_tellable(row) for row in rows]
+def _of_one_content(rows):
+    """Recipe, name of the data and rows of each line of a table: never rows of two files of one name together.
+
+    Where a recipe has rows of several contents, their checksums tell them apart; rows without one count as the first's.
+    """
     for name in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == name]
+        known = [*dict.fromkeys(row["data"]["checksum"] for row in mine if "checksum" in row["data"])]
+        for content in known or [None]:
+            own = [row for row in mine if row["data"].get("checksum", (known or [None])[0]) == content]
+            yield name, own[0]["data"]["name"] + f" ({str(content)[:8]})" * (len(known) > 1), own
+
+
+def summary_table(rows):
+    "A line a recipe: both read-outs on the test set in %, mean ± standard deviation, and seconds of training."
+    lines = []
+    for name, data, mine in _of_one_content([_tellable(row) for row in rows]):
         line = {
             "recipe": name,
-            "data": mine[0]["data"]["name"],
+            "data": data,
             "seeds": len(mine),
             "seconds": results.spread(results.summary(mine, "seconds"), 0),
         }

@@ -402,6 +402,17 @@ def test_table_of_published_and_of_own_rows(shell, folder, monkeypatch):
     )
 
 
+def test_table_keeps_two_files_of_one_name_apart():
+    "Their contents differ by checksum; a row from before checksums counts as the first content's."
+    a, b = (dict(name="mine", checksum=letter * 32) for letter in "ab")
+    rows = [row(seed=0) | dict(data=a), row(seed=1) | dict(data=b), row(seed=2) | dict(data=dict(name="mine"))]
+    assert [(line["data"], line["seeds"]) for line in cli.summary_table(rows)] == [
+        ("mine (aaaaaaaa)", 2),
+        ("mine (bbbbbbbb)", 1),
+    ]
+    assert [(line["data"], line["seeds"]) for line in cli.summary_table(rows[::2])] == [("mine", 2)]
+
+
 @pytest.mark.skipif(not (find_spec("great_tables") and find_spec("polars")), reason="needs the extra: book")
 def test_table_as_html(shell, folder):
     append_row(folder / "results" / "r.jsonl", row())
