@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checks import one_of
+from .checks import check_whole, check_whole_each, one_of
 from .data import as_float, load
 from .layers import normalise
 from .objectives import ChannelCompetition
@@ -109,7 +109,11 @@ def learn_to_grow(rule, target, rounds=100, steps=40, reach=1, lr=2e-3, batch=4,
     them. Each gradient is divided by its norm, Adam's rate falls in the second half. Raises ValueError unless `reach`
     divides `steps`.
     """
-    if reach < 1 or steps % reach:
+    check_whole("rounds", rounds, least=0)
+    check_whole_each(steps=steps, reach=reach, batch=batch, pool=pool)
+    if batch < 2 or pool < batch:
+        raise ValueError(f"batch={batch}, pool={pool}: expected two states or more a batch, from a pool of no fewer")
+    if steps % reach:
         raise ValueError(f"reach={reach}: expected a number of steps that divides steps={steps}")
     generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(rule.parameters(), lr)
     whole = F.pad(target, (0, 0, 0, 0, 0, rule.channels - len(target)))
@@ -141,6 +145,7 @@ def trial(rule, target, n=8, steps=40, later=200, seed=99):
     Errors are mean squared differences of the first four channels to the target's; grown: after `steps` from the seed;
     cut: without the right half; mended: `steps` later; later: undamaged, at step `later`.
     """
+    check_whole_each(n=n, steps=steps)
     generator, whole = torch.Generator().manual_seed(seed), F.pad(target, (0, 0, 0, 0, 0, rule.channels - len(target)))
     x, seen = seeds(n, whole), {}
     for _ in range(steps):
@@ -258,6 +263,8 @@ def learn_digits(rule, x, y, epochs=4, steps=10, reach=1, lr=1e-3, batch=25, see
     reach: 1, each step has an update of its own; `steps`, one update from the losses of all steps, by backprop through
     time. Raises ValueError for another reach.
     """
+    check_whole("epochs", epochs, least=0)
+    check_whole_each(steps=steps, batch=batch)
     if reach not in (1, steps):
         raise ValueError(f"reach={reach}: expected 1 or steps={steps}")
     generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(rule.parameters(), lr)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .checkpoints import Diverged, History
-from .checks import PRECISIONS, best_device, best_precision, one_of
+from .checks import PRECISIONS, best_device, best_precision, check_amount, one_of
 from .data import Images, check_images_are, learned_from
 from .goodness import mean_of_squares, sum_of_squares
 from .layers import FFLinear, hand_on
@@ -199,6 +199,8 @@ def train_backprop(
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
+    check_amount("lr", lr)
+    check_amount("weight_decay", weight_decay)
     check_kinds(network, strategy, objective, needed=False)
     callbacks, seed, batch_size = check_callbacks(callbacks), index(seed), index(batch_size)
     _check_backprop(network, images, epochs, batch_size, strategy, first)

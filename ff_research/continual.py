@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checks import one_of
+from .checks import check_whole, one_of
 from .data import as_float, checksum, load
 from .network import Network
 from .readout import class_scores, features, fit_ridge, label_goodness
@@ -32,7 +32,8 @@ def split_tasks(images, classes=2, per_task=None, tested=None):
     per_task, tested: how many training and test images of each at most, the first ones. Raises ValueError where the
     classes cannot be shared out evenly, or a task has no image.
     """
-    if classes < 1 or images.num_classes % classes:
+    check_whole("classes", classes)
+    if images.num_classes % classes:
         raise ValueError(f"classes={classes}: {images.num_classes} classes cannot be shared out in tasks of so many")
     tasks = []
     for start in range(0, images.num_classes, classes):
@@ -49,6 +50,7 @@ def permuted_tasks(images, tasks=5, per_task=None, tested=None, seed=0):
 
     per_task, tested: as in `split_tasks`; each task takes other training images where there are enough.
     """
+    check_whole("tasks", tasks)
     generator, out = torch.Generator().manual_seed(seed), []
     size = len(images.y_train) if per_task is None else per_task
     for k in range(tasks):
@@ -78,6 +80,7 @@ def with_replay(task, earlier, stored=200):
 
     A task's share of the images is then about the same for all. Gives the task itself without earlier ones.
     """
+    check_whole("stored", stored)
     xs, ys = [task.x_train], [task.y_train]
     for other in earlier:
         x, y = other.x_train[:stored], other.y_train[:stored]
@@ -192,6 +195,7 @@ def in_turn(method, tasks, widths=(300, 300), seed=0, epochs=3, lr=1e-3, stored=
     fewer than two tasks.
     """
     one_of(method, METHODS, "method")
+    check_whole("epochs", epochs, least=0)
     if len(tasks) < 2:
         raise ValueError(f"{len(tasks)} tasks: continual learning needs at least two")
     how, classes = METHODS[method], tasks[0].num_classes

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .architecture import KNOWN
 from .checkpoints import Diverged
 from .goodness import hinton_loss, mean_of_squares, sum_of_squares
+from .checks import check_whole, check_whole_each
 from .graphlayers import block_graph, check_graph, graph_network, load_graph, structure
 from .localclassifiers import LocalClassifier
 from .network import walk
@@ -281,6 +282,8 @@ def train_graph(
     `Diverged` for a loss that is not finite. Source of the recipe: Park et al. (2024), code.
     """
     check_graph(graph)
+    check_whole("epochs", epochs, least=0)
+    check_whole_each(every=every, patience=patience)
     if graph.scale != "unit":
         raise ValueError(f"graph {graph.name!r} has features in the scale {graph.scale!r}: pass graph.scaled('unit')")
     kinds = {layer.kind for layer in network.layers if hasattr(layer, "kind")}
@@ -373,6 +376,8 @@ def train_graph_backprop(network, graph, epochs=1000, *, lr=1e-3, weight_decay=5
     network: of `graph_network(…, backprop=True)`. Gives a list with what happened. Raises as `train_graph`.
     """
     check_graph(graph)
+    check_whole("epochs", epochs, least=0)
+    check_whole_each(every=every, patience=patience)
     if not getattr(network.layers[-1], "last", False) or network.layers[-1].units != graph.num_classes:
         raise ValueError("backpropagation needs a last layer with a unit a class: graph_network(…, backprop=True)")
     side = {"edges": structure(graph.edges, len(graph), network.layers[0].kind)}

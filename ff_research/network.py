@@ -101,6 +101,11 @@ class Network(nn.Module):
         self.iterations = iterations
         self.learn_at = tuple(range(iterations + 1)) if learn_at is None else tuple(learn_at)
         self.read_at = (iterations,) if read_at is None else tuple(read_at)
+        for name, moments in (("learn_at", self.learn_at), ("read_at", self.read_at)):
+            if wrong := [t for t in moments if t not in range(iterations + 1)]:
+                raise ValueError(
+                    f"{name}={moments}: {wrong[0]!r} is none of the {iterations} iterations, or 0, the way up"
+                )
         self.pooled = pooled
 
     def extra_repr(self):

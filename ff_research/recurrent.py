@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .architecture import KNOWN
-from .checks import one_of
+from .checks import check_whole, one_of
 from .data import as_float
 from .labels import check_labels, wrong_labels
 from .layers import FFLinear, hand_on, product, reads_of
@@ -141,6 +141,7 @@ def error_by_iteration(network, images, iterations=8, **options):
     """
     if not network.iterations:
         raise ValueError("the network has no iterations; take one such as NETWORKS['top_down'] makes")
+    check_whole("iterations", iterations)
     kept, found = (network.iterations, network.read_at), {}
     try:
         for t in range(1, iterations + 1):

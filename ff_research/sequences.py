@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .architecture import KNOWN
 from .backprop import train_backprop
-from .checks import check_whole, one_of
+from .checks import check_whole, check_whole_each, one_of
 from .data import Images, as_float, checksum, data_root
 from .network import Network, activities
 from .readout import features, fit_probe, head_error
@@ -69,6 +69,7 @@ def windows(codes, length=100, window=10):
     codes: int64 `[characters]`, cut into strings of `length`; no window reaches from one into the next. A character is
     a row with one pixel set. Raises ValueError for a text shorter than a string.
     """
+    check_whole_each(length=length, window=window)
     if length <= window or len(codes) < length:
         raise ValueError(f"{len(codes)} characters: expected at least one string of {length}, longer than {window}")
     strings = codes[: len(codes) // length * length].view(-1, length)
@@ -81,6 +82,7 @@ def text_images(text, train=248, test=248, length=100, window=10, name="text"):
 
     Raises ValueError for an empty text, and one that has too few strings.
     """
+    check_whole_each(train=train, test=test, length=length, window=window)
     codes = encode(text)
     if len(codes) < (train + test) * length:
         raise ValueError(
@@ -184,6 +186,7 @@ def go_on(network, text, characters=60, generator=None):
     inputs = network.num_inputs // len(ALPHABET)
     if len(codes) < inputs:
         raise ValueError(f"the text has {len(codes)} characters: expected {inputs} or more to go on from")
+    check_whole("characters", characters, least=0)
     codes = codes.tolist()
     for _ in range(characters):
         p = strategy.predicted(network, _pixels(torch.tensor([codes[-inputs:]])))

@@ -134,6 +134,8 @@ def one_layer(
     one_of(form, ("sum", "mean"), "form of the goodness")
     one_of(threshold, ("fixed", "running"), "threshold")
     check_whole("k", k, least=0)
+    check_whole("steps", steps, least=0)
+    check_whole("units", units)
     check_whole("batch_size", batch_size, least=1 if k else 2)
     generator = torch.Generator().manual_seed(seed)
     layer = FFLinear(images.num_pixels, units, generator=generator)

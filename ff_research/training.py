@@ -23,7 +23,7 @@ from torch import nn
 
 from .checkpoints import Diverged as Diverged  # what `train` raises
 from .checkpoints import History, Meter, examine
-from .checks import best_device, best_precision, one_of, shown
+from .checks import best_device, best_precision, check_amount, one_of, shown
 from .data import Images, check_images_are, checksum, learned_from
 from .goodness import sum_of_squares
 from .labels import check_labels, check_room
@@ -309,7 +309,7 @@ def settings_of(method, network, images, **more):
 # %% ../nbs/108_training.ipynb #55178402
 def check_images(images, network, epochs, batch_size, strategy=None):
     "Raise ValueError for settings, images or labels that no run can use."
-    if epochs < 0 or batch_size < 1:
+    if not hasattr(epochs, "__index__") or epochs < 0 or batch_size < 1:
         raise ValueError(f"epochs={epochs}, batch_size={batch_size}: expected epochs >= 0 and batch_size >= 1")
     if (dtype := next((p.dtype for p in network.layers.parameters()), torch.float32)) != torch.float32:
         raise ValueError(
@@ -566,6 +566,8 @@ def train(
     """
     for name, known, what in ((lr_schedule, LR_SCHEDULES, "lr_schedule"), (optimizer, OPTIMIZERS, "optimizer")):
         one_of(name, known, what)
+    check_amount("weight_decay", weight_decay)
+    check_amount("peer", peer)
     check_kinds(network, strategy, objective)
     callbacks, seed, batch_size = check_callbacks(callbacks), index(seed), index(batch_size)
     check_images_are(images)
