@@ -33,6 +33,9 @@ def _as_array(x, shape):
             )
         if x.mode not in ("1", "L", "P", "LA", "RGB", "RGBA"):
             raise ValueError(f"a PIL image of mode {x.mode}, whose range is not known; give an array and pixel_range=")
+        clear = getattr(x, "has_transparency_data", x.mode in ("LA", "RGBA"))  # Pillow 10.1 and newer
+        if clear and x.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise ValueError("a PIL image with transparent pixels, whose colour is not known: paste it on a background")
         colour = shape is not None and shape[0] == 3
         return torch.from_numpy(np.array(x.convert("RGB" if colour else "L")))
     if isinstance(x, torch.Tensor):

@@ -411,6 +411,7 @@ FORMS = {
     "arrays": lambda x: [one.numpy() for one in x],
     "PIL": lambda x: [Image.fromarray(one[0].numpy()) for one in x],
     "colour PIL": lambda x: [Image.fromarray(one[0].numpy()).convert("RGB") for one in x],
+    "opaque PIL": lambda x: [Image.fromarray(one[0].numpy()).convert("RGBA") for one in x],
     "numbers": lambda x: x.tolist(),
     "with a gradient": lambda x: (x.float() / 255).requires_grad_(),
 }
@@ -440,6 +441,7 @@ def test_inputs_are_converted_as_training_did(network, images, form):
         (lambda x: [x[0], x[1].float()], "different shapes or types"),
         (lambda x: Image.new("L", (28, 30)), r"28 x 30 pixels.*resize\(\(8, 8\)\)"),
         (lambda x: Image.new("F", (8, 8)), "mode F"),
+        (lambda x: Image.new("RGBA", (8, 8), (9, 9, 9, 254)), "paste it on a background"),
     ],
 )
 def test_inputs_that_leave_a_doubt_are_refused(network, images, wrong, said):
