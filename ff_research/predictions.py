@@ -7,6 +7,7 @@ __all__ = ['READINGS', 'inputs_of', 'reading_of', 'scores', 'predict', 'ReadOut'
 
 # %% ../nbs/921_predictions.ipynb #5668ee67
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -76,9 +77,15 @@ def _in_shape(x, shape):
 
 def _unit(x, pixels):
     "Pixels as uint8, or as floats in 0…1, from whatever leaves no doubt."
-    if x.dtype == torch.uint8:
-        return x
     low, high = x.min().item(), x.max().item()
+    if x.dtype == torch.uint8:
+        if 0 < high < 32:
+            warnings.warn(
+                f"the brightest pixel is {high} of 255: where training images came on another scale, as digits from 0 "
+                "to 16 do, pixel_range=(black, white) says so",
+                stacklevel=4,
+            )
+        return x
     if low < 0 or high > 255:
         raise ValueError(
             f"pixels range from {low:g} to {high:g}; expected 0…255, or floats in 0…1; pixel_range=(low, high) says "

@@ -9,6 +9,7 @@ __all__ = ['COLLABORATIONS', 'KEEP_UP_TO', 'NUMERICS', 'Step', 'with_squares', '
 # %% ../nbs/108_training.ipynb #edffcff5
 import contextlib
 import copy
+import inspect
 import json
 import math
 import time
@@ -301,9 +302,22 @@ def identity(images):
     return f"{images.name}, {len(images.y_train)} training images {list(images.shape)}, content {content}"
 
 
+def _untold(network):
+    "Options of those layers and objectives that do not print any: their classes lack `extra_repr`."
+    found = {}
+    for name, part in network.named_modules():
+        if type(part).extra_repr is nn.Module.extra_repr:
+            kept = {key: vars(part)[key] for key in inspect.signature(type(part)).parameters if key in vars(part)}
+            plain = {key: v for key, v in kept.items() if isinstance(v, (bool, int, float, str, tuple, list))}
+            found |= {name: repr(plain)} if plain else {}
+    return found
+
+
 def settings_of(method, network, images, **more):
     "What two runs must share for one to go on from the other's checkpoint, as JSON keeps it."
     settings = dict(method=method, network=repr(network), data=identity(images)) | more
+    if untold := _untold(network):
+        settings["options"] = untold
     return json.loads(json.dumps(settings, default=lambda number: number.tolist()))  # numpy's own
 
 # %% ../nbs/108_training.ipynb #55178402

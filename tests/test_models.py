@@ -451,6 +451,18 @@ def test_inputs_that_leave_a_doubt_are_refused(network, images, wrong, said):
         predict(network, images)
 
 
+def test_dark_bytes_are_warned_of(network, images):
+    "Digits from 0 to 16 as bytes are nearly black to a network that learned from 0 to 255."
+    raw = (images.x_test.float() / 255 * 16).round().to(torch.uint8)
+    with pytest.warns(UserWarning, match="brightest pixel is 16 of 255.*pixel_range"):
+        predict(network, raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(inputs_of(network, raw, pixel_range=(0, 16)), images.x_test)
+        inputs_of(network, images.x_test)
+        inputs_of(network, torch.zeros_like(raw))
+
+
 def test_pixel_range_says_what_black_and_white_are(network, images):
     x = images.x_test
     assert torch.equal(inputs_of(network, x / 254, pixel_range=(0, 255 / 254)), x)

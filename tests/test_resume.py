@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from ff_research.backprop import train_backprop
 from ff_research.checkpoints import History, read_checkpoint, save_checkpoint
 from ff_research.data import centred, hold_out, load
+from ff_research.layers import Layer
 from ff_research.network import Network
 from ff_research.objectives import symba
 from ff_research.strategies import STRATEGIES
+from ff_research.streams import written_out
 from ff_research.training import identity, train
 
 LABELS = STRATEGIES["label_embedding"]
@@ -228,6 +230,25 @@ def test_of_other_first_weights(tmp_path, digits):
     with pytest.warns(UserWarning, match="began with other weights than this one .another seed.*move the file away"):
         train(other, digits, LABELS(10), epochs=2, **options)
     assert torch.equal(other.layers[0].weight, network.layers[0].weight)
+
+
+def test_of_another_option_of_ones_own_layer(tmp_path, digits):
+    "The layer's class has no extra_repr, so that both networks print alike."
+
+    class Scaled(Layer):
+        def __init__(self, units, slope=1.0):
+            super().__init__()
+            self.units, self.slope = units, slope
+            self.weight = torch.nn.Parameter(torch.ones(units, 64) / 64)
+
+        def forward(self, x):
+            return (self.slope * written_out(x).flatten(1) @ self.weight.T).relu()
+
+    options = dict(epochs=1, checkpoint=tmp_path / "run.safetensors", progress=False, device="cpu", precision="fp32")
+    train(Network([Scaled(8)]), digits, LABELS(10), **options)
+    train(Network([Scaled(8)]), digits, LABELS(10), **options)
+    with pytest.raises(ValueError, match="belongs to another run: options is .*'slope': 1.0.*'slope': 2.0"):
+        train(Network([Scaled(8, slope=2.0)]), digits, LABELS(10), **options)
 
 
 def test_of_other_images(path, digits):
