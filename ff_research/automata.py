@@ -189,6 +189,7 @@ GROWING = {
     "automata-local": dict(rounds=60, reach=1),
     "automata-colours": dict(rounds=60, reach=1, colours=True),
     "automata-backprop": dict(rounds=120, reach=40, colours=True),
+    "automata-backprop-code": dict(rounds=120, reach=40),
     "automata-untrained": dict(rounds=0, reach=1),
 }
 
