@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'nearest', 'one_of', 'check_whole', 'check_whole_each', 'check_amount', 'shown', 'best_device', 'vendor',
-           'best_precision', 'keeping_memory', 'replacing', 'execute']
+           'best_precision', 'keeping_memory', 'give_memory_back', 'replacing', 'execute']
 
 # %% ../nbs/900_checks.ipynb #9695e9f2
 import contextlib
@@ -135,6 +135,15 @@ def keeping_memory():
             if mallopt and _inside == 0:  # what glibc itself settles at in a process that has freed large blocks
                 for parameter, value in _USUAL.items():
                     mallopt(parameter, value)
+
+
+def give_memory_back():
+    """Return to the system what freed blocks hold (glibc's `malloc_trim`), also where more memory is being kept.
+
+    For moments after which blocks of other sizes are needed: training is over, layers were frozen.
+    """
+    if _mallopt():
+        ctypes.CDLL(None).malloc_trim(0)
 
 # %% ../nbs/900_checks.ipynb #4d593a19
 @contextlib.contextmanager

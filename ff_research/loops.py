@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoints import History, claimed, crc, read_checkpoint, restore, save_checkpoint
-from .checks import keeping_memory, shown
+from .checks import give_memory_back, keeping_memory, shown
 
 # %% ../nbs/913_loops.ipynb #a2b7162a
 def warn(text):
@@ -396,6 +396,7 @@ def run_epochs(one_epoch, live, refresh, generators, settings, checkpoint, progr
                 f"interrupted after {len(history)} of {epochs} epochs: the history holds these, the weights are those "
                 "of the last complete step, and history.interrupted is True"
             )
+    give_memory_back()
     history.stopped = told.stopped
     if len(history) and (found := unsettled(told.network)):
         warn(found)

@@ -24,7 +24,7 @@ from torch import nn
 
 from .checkpoints import Diverged as Diverged  # what `train` raises
 from .checkpoints import History, Meter, examine
-from .checks import best_device, best_precision, check_amount, one_of, shown
+from .checks import best_device, best_precision, check_amount, give_memory_back, one_of, shown
 from .data import Images, check_images_are, checksum, learned_from
 from .goodness import sum_of_squares
 from .labels import check_labels, check_room
@@ -197,8 +197,6 @@ def prefix(asked, make, images, top, objectives=None, before=None, generators=()
     """
     parts, sums, states = [], [], [g.get_state() for g in generators]
     for x, y in images.pieces():
-        if generators and sum(out.nbytes for part in parts for out in part.values()) > KEEP_UP_TO:
-            return None, None
         s, total = ready(asked, make(x, y)), [0.0]
 
         def visit(height, layer, xs, s, t, total=total):
@@ -215,6 +213,9 @@ def prefix(asked, make, images, top, objectives=None, before=None, generators=()
         if any(not torch.equal(a, g.get_state()) for a, g in zip(states, generators)):  # known after the first piece
             for state, generator in zip(states, generators):
                 generator.set_state(state)
+            return None, None
+        expected = sum(out.nbytes for out in parts[0].values()) * len(getattr(images, "y_train", y)) / len(y)
+        if generators and expected > KEEP_UP_TO:  # known after the first piece, too
             return None, None
     return {height: torch.cat([part[height] for part in parts], 1) for height in parts[0]}, torch.cat(sums, 1)
 
@@ -242,6 +243,7 @@ class Frozen:
             self.outs, self.sums = prefix(
                 self.asked, self.streams, self.images, top, self.objectives, before, generators
             )
+            give_memory_back()
 
     def streams(self, x, y):
         "The strategy's streams for some images."

@@ -46,6 +46,26 @@ def test_a_users_own_settings_of_memory_are_left_alone():
 
 
 @pytest.mark.skipif(checks._mallopt() is None, reason="another C library than glibc, or its own settings")
+def test_memory_between_blocks_in_use_is_given_back():
+    "In a process of its own, whose heap holds nothing else."
+    code = """
+import torch
+from ff_research import checks
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+with checks.keeping_memory():
+    blocks = [torch.ones(4 << 20) for _ in range(20)]  # of 16 MiB
+    last = torch.ones(4 << 20)
+    del blocks
+    before = resident()
+    checks.give_memory_back()
+    print(before - resident())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(told.stdout) > 250, told.stderr
+
+
+@pytest.mark.skipif(checks._mallopt() is None, reason="another C library than glibc, or its own settings")
 def test_large_tensors_take_the_same_memory_again():
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
