@@ -105,12 +105,17 @@ _lock, _inside = threading.Lock(), 0
 
 
 @functools.cache
+def _libc():
+    return ctypes.CDLL(None)
+
+
+@functools.cache
 def _mallopt():
     "glibc's function of that name; None where the C library is another one, or where the user has set it up."
     own = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if own or not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return None
-    return getattr(ctypes.CDLL(None), "mallopt", None)
+    return getattr(_libc(), "mallopt", None)
 
 
 @contextlib.contextmanager
@@ -143,7 +148,7 @@ def give_memory_back():
     For moments after which blocks of other sizes are needed: training is over, layers were frozen.
     """
     if _mallopt():
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
 
 # %% ../nbs/900_checks.ipynb #4d593a19
 @contextlib.contextmanager

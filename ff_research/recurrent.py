@@ -59,20 +59,22 @@ class TopDownLayer(FFLinear):
 
 
 @register_network
-def top_down(
-    shape, widths, seed=0, *, inputs=None, labels=10, keep=0.3, iterations=5, learn_at=(3, 4, 5), read_at=(3, 4, 5)
-):
+def top_down(shape, widths, seed=0, *, inputs=None, labels=10, keep=0.3, iterations=5, learn_at=None, read_at=None):
     """Fully connected layers that read both neighbours over several iterations, with the label above the last one.
 
     shape: of the images; labels: how many there are, `num_classes` of `ClampedLabelStrategy`; keep: see `update`.
-    iterations, learn_at, read_at: as in `Network`. Iterations after the last that learns or is read change nothing.
+    iterations, learn_at, read_at: as in `Network`; if None, iterations 3 to 5, or the last three of fewer. Iterations after the
+    last that learns or is read change nothing.
     """
     generator, sizes = torch.Generator().manual_seed(seed), [math.prod(shape), *widths, labels]
     layers = [
         TopDownLayer(*sizes[i : i + 3], keep, (-1, 0, "label" if i + 1 == len(widths) else 1), generator)
         for i in range(len(widths))
     ]
-    return Network(layers, inputs=inputs, iterations=iterations, learn_at=learn_at, read_at=read_at)
+    last = min(iterations, 5)
+    usual = tuple(range(max(1, last - 2), last + 1))
+    times = dict(learn_at=learn_at or usual, read_at=read_at or usual)
+    return Network(layers, inputs=inputs, iterations=iterations, **times)
 
 # %% ../nbs/601_recurrent.ipynb #c6010016
 @register
