@@ -349,8 +349,8 @@ def unsettled(network, most=0.05):
 def _first(live, stored=None, path=None):
     """What a checkpoint remembers of the weights that a run began with, {"first": their CRC-32}.
 
-    stored: a checkpoint's tensors, "first" is taken out of them; warns where it began with other weights than the
-    network's, which are neither those that it reached.
+    stored: a checkpoint's tensors, "first" is taken out of them; warns where the network's own weights
+    are neither those that the run began with nor those that it reached.
     """
 
     def of_layers(tensors):

@@ -63,8 +63,8 @@ def top_down(shape, widths, seed=0, *, inputs=None, labels=10, keep=0.3, iterati
     """Fully connected layers that read both neighbours over several iterations, with the label above the last one.
 
     shape: of the images; labels: how many there are, `num_classes` of `ClampedLabelStrategy`; keep: see `update`.
-    iterations, learn_at, read_at: as in `Network`; if None, iterations 3 to 5, or the last three of fewer. Iterations after the
-    last that learns or is read change nothing.
+    iterations, learn_at, read_at: as in `Network`; if None, iterations 3 to 5, or the last three of fewer. Iterations
+    after the last that learns or is read change nothing.
     """
     generator, sizes = torch.Generator().manual_seed(seed), [math.prod(shape), *widths, labels]
     layers = [
@@ -73,8 +73,8 @@ def top_down(shape, widths, seed=0, *, inputs=None, labels=10, keep=0.3, iterati
     ]
     last = min(iterations, 5)
     usual = tuple(range(max(1, last - 2), last + 1))
-    times = dict(learn_at=learn_at or usual, read_at=read_at or usual)
-    return Network(layers, inputs=inputs, iterations=iterations, **times)
+    learn_at, read_at = (usual if times is None else times for times in (learn_at, read_at))
+    return Network(layers, inputs=inputs, iterations=iterations, learn_at=learn_at, read_at=read_at)
 
 # %% ../nbs/601_recurrent.ipynb #c6010016
 @register
