@@ -202,7 +202,12 @@ def from_file(path, **options):
     given = {key: arrays[which[key]] for key in wanted}
     if "x_val" in given:
         options = {"validation": (given.pop("x_val"), given.pop("y_val"))} | options
-    return from_arrays(shown(path.stem), **given, source=where, **(said | options))
+    try:
+        return from_arrays(shown(path.stem), **given, source=where, **(said | options))
+    except ValueError as error:  # commands know only the path, so the file itself has to say it
+        if asked := next((key for key in SAID if f"{key}=" in str(error)), None):
+            raise ValueError(f"{error}. An array named {asked} in the file says it as well") from None
+        raise
 
 
 def _said(key, value, where):

@@ -309,6 +309,15 @@ def test_unusable_arrays_in_a_file_are_refused_with_its_path(tmp_path):
     assert str(error.value).startswith(f"{path}: y_test holds the label 3")
 
 
+def test_what_a_file_leaves_open_it_can_say_itself(tmp_path):
+    path, kept = tmp_path / "mine.npz", arrays(train=60, test=30, classes=7, shape=(2, 16, 16))
+    np.savez(path, **kept)
+    with pytest.raises(ValueError, match="channels='first' .* An array named channels in the file says it as well$"):
+        load(path)
+    np.savez(path, **kept, channels="first")
+    assert load(path).shape == (2, 16, 16)
+
+
 def test_own_data_of_any_shape(tmp_path, monkeypatch):
     expected = arrays(train=60, test=30, classes=26, shape=(3, 7, 5))
     np.savez(tmp_path / "letters.npz", **expected, notes=np.array("what else is in the file does not matter"))
