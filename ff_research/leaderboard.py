@@ -125,6 +125,7 @@ def name_of(recipe):
         method_of(recipe).name,
         PATTERNS.get(options.get("pattern"), ""),
         HEADS.get(options.get("head"), ""),
+        "with similarity matching" if options.get("loss") == "predsim" else "",
         LOSSES.get(loss, ""),
         f"collaboration ({recipe.schedule.collaboration})" if recipe.schedule.collaboration else "",
         "layer after layer" if recipe.schedule.name == "greedy" else "",
