@@ -824,7 +824,8 @@ def test_curves_of_published_runs_are_above_chance():
         separation = row.get("curves", {}).get("separation") or []
         values = [v for epoch in separation for v in epoch if v is not None]
         if row["config"]["method"] == "ff" and values and row["config"]["strategy"] != "adversarial":
-            assert max(values) > 0.53, row["recipe"]
+            named = "scores" in row["errors"].get("test", {})  # the share of right answers, among ten classes
+            assert max(values) > (0.14 if named else 0.53), row["recipe"]
 
 
 # What is no strategy, network or objective

@@ -405,6 +405,6 @@ def test_the_leaderboard_knows_every_strategy_and_reads_class_scores():
             assert (METHODS[name].labels == "contrasted") == cls.contrasts_labels, name
             assert (METHODS[name].negatives == "none") == (not cls.has_negatives or name == "softhebb"), name
     conv = RECIPES["cifar10-conv-channels"]
-    assert network_of(conv) == "conv, 60-130-260-510" and "channels" in loss_of(conv)
+    assert network_of(conv) == "conv, 60-130-260-510, batch norm behind ReLU" and "channels" in loss_of(conv)
     errors = dict(scores=dict(layer_1=50.0, sum=30.0), ridge=dict(layer_1=40.0, layers_2_to_4=28.0))
     assert read_outs(dict(errors=dict(test=errors))) == ("errors.test.scores.sum", "errors.test.ridge.layers_2_to_4")
