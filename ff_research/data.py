@@ -205,7 +205,7 @@ def from_file(path, **options):
     try:
         return from_arrays(shown(path.stem), **given, source=where, **(said | options))
     except ValueError as error:  # commands know only the path, so the file itself has to say it
-        if asked := next((key for key in SAID if f"{key}=" in str(error)), None):
+        if asked := next((key for key in SAID if key not in said | options and f"{key}=" in str(error)), None):
             raise ValueError(f"{error}. An array named {asked} in the file says it as well") from None
         raise
 

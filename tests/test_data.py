@@ -316,6 +316,10 @@ def test_what_a_file_leaves_open_it_can_say_itself(tmp_path):
         load(path)
     np.savez(path, **kept, channels="first")
     assert load(path).shape == (2, 16, 16)
+    np.savez(path, **kept, channels="middle")
+    with pytest.raises(ValueError, match="channels=middle; expected 'first', 'last'") as error:
+        load(path)
+    assert "An array named" not in str(error.value)  # it is there, and wrong
 
 
 def test_own_data_of_any_shape(tmp_path, monkeypatch):
