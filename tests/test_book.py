@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(ROOT.glob("ff_research/configs/*.toml"))
 NOTEBOOKS = [path for path in sorted(ROOT.glob("nbs/*.ipynb")) if not path.name.startswith("_")]
 MODULES = sorted(path for path in ROOT.glob("ff_research/*.py") if path.stem != "_modidx")
 
@@ -424,6 +425,12 @@ def test_readme_example_gives_what_it_shows(tmp_path):
     assert re.sub(number, "", done.stdout) == re.sub(number, "", shown)
     pairs = zip(re.findall(number, done.stdout), re.findall(number, shown))
     assert all(abs(float(a) - float(b)) <= 1 for a, b in pairs), done.stdout
+
+
+def test_the_chapter_on_recipes_says_what_each_file_holds():
+    chapter = "".join(map(source, cells(ROOT / "nbs" / "901_recipes.ipynb", "markdown")))
+    missing = [path.name for path in CONFIGS if f"**{path.name}.**" not in chapter]
+    assert CONFIGS and not missing
 
 
 def test_commands_that_the_texts_name_exist():
