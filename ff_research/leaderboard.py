@@ -249,8 +249,8 @@ SEEN = ("data", "network", "images", "epochs", "method", "loss")  # what tells t
 def one_of_each(lines):
     """Of lines that look the same to a reader, the first: methods beside each other had the same number of trials then.
 
-    Of convolutional networks, which are mostly untuned, the one that was searched, else the one with a paper's settings,
-    else that of most seeds.
+    Of convolutional networks, which are mostly untuned, the one that was searched, else the one with a paper's
+    settings, else that of most seeds.
     """
     kept: dict[tuple, dict] = {}
 
