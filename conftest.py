@@ -9,6 +9,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here or in the worker
 os.environ.setdefault("MPLBACKEND", "agg")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested
 
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
